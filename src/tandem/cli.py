@@ -1,0 +1,226 @@
+"""The command line. Exit status: 0 done, 1 the run failed, 2 the input was refused, 130 interrupted and saved."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic_core import PydanticUndefined
+
+from tandem import __version__
+from tandem.config import PpoConfig, RewardConfig, SftConfig, fields_of, load_config
+from tandem.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from tandem.run import Progress
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+_STAGES: dict[str, Any] = {"sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        known, rest = _parser().parse_known_args(words)
+        return known.run(known, rest)
+    except InputError as error:
+        print(f"tandem: {error}", file=sys.stderr)
+        return REFUSED
+    except RunError as error:
+        print(f"tandem: the run failed: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("tandem: stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. See {self.prog} --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tandem", description="Actor-critic RLHF: policy and value model trained together.")
+    parser.add_argument("--version", action="version", version=f"tandem {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_demo(commands)
+    for name, kind in _STAGES.items():
+        _add_stage(commands, name, kind)
+    _add_generate(commands)
+    return parser
+
+
+def _add_stage(commands: Any, name: str, kind: Any) -> None:
+    command = commands.add_parser(
+        name,
+        help=(kind.__doc__ or "").strip().rstrip("."),
+        description=(kind.__doc__ or "").strip() + " Settings come from the recipe; any of them can be given here.",
+        epilog="settings:\n" + _settings_help(kind),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("recipe", nargs="?", type=Path, help="a TOML file")
+    command.set_defaults(run=lambda known, rest: _run_stage(name, known.recipe, rest))
+
+
+def _settings_help(kind: Any) -> str:
+    lines = []
+    for name, field in fields_of(kind):
+        if field.default is PydanticUndefined:
+            default = "required"
+        else:
+            default = "unset" if field.default is None else str(field.default)
+        lines.append(f"  --{name}  ({default})\n        {field.description or ''}")
+    return "\n".join(lines)
+
+
+def _run_stage(name: str, recipe: Path | None, overrides: Sequence[str]) -> int:
+    words = list(overrides)
+    if recipe is not None and recipe.suffix != ".toml" and not recipe.exists():
+        raise InputError(f"{str(recipe)!r} is neither a recipe (a .toml file) nor a setting (--section.key value).")
+    config = load_config(_STAGES[name], recipe, words)
+    directory = config.run.directory.replace("{stage}", name)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
+    summary = _with_progress(lambda progress: _stage_function(name)(config, progress))
+    print(f"{directory}: {_result(summary)}")
+    return INTERRUPTED if summary["interrupted"] else DONE
+
+
+def _stage_function(name: str) -> Callable[[Any, Progress], dict[str, Any]]:
+    """The stage, imported only now: the command line answers quickly where no model is needed."""
+    if name == "sft":
+        from tandem.stages.sft import run_sft
+
+        return run_sft
+    if name == "reward":
+        from tandem.stages.reward import run_reward
+
+        return run_reward
+    from tandem.stages.ppo import run_ppo
+
+    return run_ppo
+
+
+def _with_progress(work: Callable[[Progress], Any]) -> Any:
+    from tandem.run import Progress
+
+    quiet_libraries()
+    with Progress() as progress:
+        return work(progress)
+
+
+def quiet_libraries() -> None:
+    """Bars and advice of the libraries below are not for the person who runs a command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _result(summary: dict[str, Any]) -> str:
+    """What a stage reached, in a line."""
+    after = (summary.get("heldout") or {}).get("after") or {}
+    if summary["stage"] == "sft":
+        reached = f"held-out loss {after['heldout/loss']:.3f} nats a token" if after else "no held-out rows"
+    elif summary["stage"] == "reward":
+        accuracy = summary["heldout_accuracy"]
+        reached = "no held-out pairs" if accuracy is None else f"held-out accuracy {accuracy:.3f}"
+    else:
+        last = after or summary["last_step"]
+        where = "held-out" if after else "last step's"
+        reached = f"{where} score {last['objective/score']:.3f} at KL {last['objective/kl']:.2f} nats a sequence"
+    return f"{summary['steps']} steps in {summary['seconds']:.0f} s, {reached}. See model/ and summary.json."
+
+
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser("generate", help="Try a model", description="Answers of a model to prompts.", allow_abbrev=False)
+    command.add_argument("model", help="directory or hub id of a causal language model")
+    command.add_argument("--prompt", action="append", help="a prompt; may be given several times (else one a line from standard input)")
+    command.add_argument("--chat", action="store_true", help="put each prompt through the chat template as a user's turn")
+    command.add_argument("--max-new-tokens", type=_at_least_one, default=64)
+    command.add_argument("--temperature", type=_above_zero, default=1.0)
+    command.add_argument("--top-k", type=_at_least_one, default=None, help="1 takes the likeliest token every time")
+    command.add_argument("--top-p", type=_share, default=1.0)
+    command.add_argument("--responses", type=_at_least_one, default=1, help="answers to each prompt")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="auto")
+    command.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    command.set_defaults(run=_run_generate)
+
+
+def _run_generate(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    prompts = known.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise InputError("no prompt: give --prompt TEXT, or prompts on standard input, one a line.")
+    quiet_libraries()
+    from tandem.stages.generate import GenerateSettings, run_generate
+
+    names = set(GenerateSettings.__dataclass_fields__)
+    settings = GenerateSettings(**{name: value for name, value in vars(known).items() if name in names})
+    for rollout in run_generate(settings, prompts):
+        print(f"> {rollout.prompt.row.get('text', rollout.prompt.text)}\n{rollout.text.strip()}\n")
+    return DONE
+
+
+def _add_demo(commands: Any) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="RLHF on a laptop: reward model, then policy and value model together",
+        description="A small chat model learns to continue the openings of film reviews positively: preferences from "
+        "its own samples, a reward model from those, then the joint stage under that reward model.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--model", help="directory or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
+    command.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--quick", action="store_true", help="a few steps only, to see that it runs")
+    command.set_defaults(run=_run_demo)
+
+
+def _run_demo(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    from tandem.demo.story import run_demo
+
+    summary = _with_progress(
+        lambda progress: run_demo(known.model, known.run_dir, known.seed, known.quick, progress)
+    )
+    return INTERRUPTED if summary["interrupted"] else DONE
+
+
+def _refuse_rest(rest: Sequence[str]) -> None:
+    if rest:
+        raise InputError(f"{' '.join(rest)!r} was not understood.")
+
+
+def _number(text: str, kind: Any, allowed: Callable[[Any], bool], words: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+    return value
+
+
+def _at_least_one(text: str) -> int:
+    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def _above_zero(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0 (for the likeliest token: --top-k 1)")
+
+
+def _share(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")

@@ -1,0 +1,224 @@
+"""Worked examples for supervised fine-tuning and preference pairs for a reward model, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tandem.config import RowsSection
+from tandem.data.rows import Row, hold_out, missing_columns, read_rows
+from tandem.errors import InputError
+from tandem.text import Text, answered_ids, conversation_ids, prompt_ids, taught_ids
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and which of its tokens are to be learnt."""
+
+    ids: tuple[int, ...]
+    taught: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and one answer to it as the reward model reads them; `prompt_length` tokens are the prompt's."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt; `prompt` tells which it is."""
+
+    prompt: str
+    chosen: Answered
+    rejected: Answered
+
+
+Item = TypeVar("Item", Example, Pair)
+
+
+@dataclass(frozen=True)
+class SplitRows(Generic[Item]):
+    """What trains, what is held out, and how many rows were truncated or dropped for their length."""
+
+    train: list[Item]
+    heldout: list[Item]
+    truncated: int
+    dropped: int
+
+
+def read_examples(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> SplitRows[Example]:
+    """`text`, or `prompt` and `completion`, or `messages`.
+
+    Of a text every token is learnt, of the others the answer's tokens; EOS is learnt with them.
+    """
+    counts = {"truncated": 0, "dropped": 0}
+
+    def read(source: str, key: str) -> list[Example]:
+        found = (_example(row, tokenizer) for row in read_rows(source, key, data.split, data.columns))
+        fitted = (_fit_example(row, example, data, counts) for row, example in found)
+        return _not_empty([example for example in fitted if example is not None], source, key)
+
+    return _split(read, data, seed, counts)
+
+
+def _split(read, data: RowsSection, seed: int, counts: dict[str, int]) -> SplitRows:  # type: ignore[no-untyped-def]
+    train = read(data.train, "data.train")
+    if data.eval is not None:
+        return SplitRows(train, read(data.eval, "data.eval"), **counts)
+    train, heldout = hold_out(train, data.eval_fraction, seed)
+    return SplitRows(train, heldout, **counts)
+
+
+def _not_empty(items: list, source: str, key: str) -> list:  # type: ignore[type-arg]
+    if not items:
+        raise InputError(f"{key} = {source!r}: every row is longer than data.max_tokens.")
+    return items
+
+
+def _example(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[Row, Example]:
+    columns = row.columns
+    if "messages" in columns:
+        messages = row.text("messages")
+        if isinstance(messages, str) or not any(message["role"] == "assistant" for message in messages):
+            raise row.refuse("'messages' must be a conversation in which the assistant speaks.")
+        ids, taught = conversation_ids(tokenizer, messages)
+    elif "prompt" in columns and "completion" in columns:
+        ids, taught = taught_ids(tokenizer, row.text("prompt"), _answer(row, "completion"))
+    elif "text" in columns:
+        text = row.text("text")
+        if not isinstance(text, str):
+            raise row.refuse("'text' is a conversation; name the column 'messages' (data.columns).")
+        ids, taught = taught_ids(tokenizer, "", text)
+    else:
+        raise missing_columns(row, ["'text'", "'messages'", "'prompt' and 'completion'"])
+    return row, Example(tuple(ids), tuple(taught))
+
+
+def _answer(row: Row, column: str) -> str:
+    """An answer as text; a conversation must be the assistant's one turn."""
+    value = row.text(column)
+    if isinstance(value, str):
+        return value
+    if len(value) != 1 or value[0]["role"] != "assistant":
+        raise row.refuse(f"{column!r} must be text or one turn of the assistant.")
+    return value[0]["content"]
+
+
+def _fit_example(row: Row, example: Example, data: RowsSection, counts: dict[str, int]) -> Example | None:
+    length = len(example.ids)
+    if length <= data.max_tokens:
+        return example
+    if data.too_long == "truncate":
+        counts["truncated"] += 1
+        cut = Example(example.ids[: data.max_tokens], example.taught[: data.max_tokens])
+        if not any(cut.taught):
+            raise row.refuse(f"cut to data.max_tokens = {data.max_tokens} it has nothing left to learn; raise it.")
+        return cut
+    return _drop_or_refuse(row, length, data, counts)
+
+
+def _drop_or_refuse(row: Row, length: int, data: RowsSection, counts: dict[str, int]) -> None:
+    if data.too_long == "drop":
+        counts["dropped"] += 1
+        return
+    raise row.refuse(
+        f"has {length} tokens and data.max_tokens is {data.max_tokens}; raise it, or set data.too_long to "
+        '"truncate" or "drop".'
+    )
+
+
+def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> SplitRows[Pair]:
+    """`prompt`, `chosen` and `rejected`; where the two answers are conversations the prompt may be left out.
+
+    A pair that is too long and truncated loses tokens from the left of its prompt, so that the answers stay.
+    """
+    counts = {"truncated": 0, "dropped": 0}
+
+    def read(source: str, key: str) -> list[Pair]:
+        rows = read_rows(source, key, data.split, data.columns)
+        fitted = (_fit_pair(row, _pair(row, tokenizer), data, counts) for row in rows)
+        return _not_empty([pair for pair in fitted if pair is not None], source, key)
+
+    return _split(read, data, seed, counts)
+
+
+def _pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> Pair:
+    for column in ("chosen", "rejected"):
+        if column not in row.columns:
+            raise missing_columns(row, ["'chosen' and 'rejected' (and, for plain text, 'prompt')"])
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    if chosen == rejected:
+        raise row.refuse("'chosen' and 'rejected' are the same, so the row prefers nothing.")
+    if row.columns.get("prompt") is not None:
+        prompt = row.text("prompt")
+        first, second = (_after_prompt(row, prompt, answer) for answer in (chosen, rejected))
+    else:
+        prompt, first, second = _implicit_prompt(row, chosen, rejected)
+    return Pair(repr(prompt), _answered(tokenizer, prompt, first), _answered(tokenizer, prompt, second))
+
+
+def _answered(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str) -> Answered:
+    """Tokens that the text shares with its prompt alone are the prompt's, at least one."""
+    ids, before = answered_ids(tokenizer, prompt, answer), prompt_ids(tokenizer, prompt)
+    shared = 0
+    while shared < min(len(before), len(ids) - 1) and before[shared] == ids[shared]:
+        shared += 1
+    return Answered(tuple(ids), max(1, shared))
+
+
+def _after_prompt(row: Row, prompt: Text, answer: Text) -> str:
+    """An answer given alone, as one turn, or as the whole conversation that begins with the prompt."""
+    if isinstance(answer, str):
+        return answer
+    if not isinstance(prompt, str) and list(answer[: len(prompt)]) == list(prompt):
+        answer = answer[len(prompt) :]
+    if isinstance(prompt, str) and len(answer) == 2 and answer[0] == {"role": "user", "content": prompt}:
+        answer = answer[1:]
+    return _one_turn(row, answer)
+
+
+def _one_turn(row: Row, turns: Sequence[Mapping[str, str]]) -> str:
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        raise row.refuse("after the prompt, an answer must be one turn of the assistant.")
+    return turns[0]["content"]
+
+
+def _implicit_prompt(row: Row, chosen: Text, rejected: Text) -> tuple[Text, str, str]:
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise row.refuse("'prompt' is missing; only conversations may leave it to what both answers begin with.")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0:
+        raise row.refuse("'chosen' and 'rejected' do not begin with the same turns, so they have no common prompt.")
+    return chosen[:shared], _one_turn(row, chosen[shared:]), _one_turn(row, rejected[shared:])
+
+
+def _fit_pair(row: Row, pair: Pair, data: RowsSection, counts: dict[str, int]) -> Pair | None:
+    longest = max(len(pair.chosen.ids), len(pair.rejected.ids))
+    if longest <= data.max_tokens:
+        return pair
+    if data.too_long == "truncate":
+        counts["truncated"] += 1
+        return Pair(pair.prompt, _cut(pair.chosen, data.max_tokens), _cut(pair.rejected, data.max_tokens))
+    return _drop_or_refuse(row, longest, data, counts)
+
+
+def _cut(answered: Answered, limit: int) -> Answered:
+    """Without what is too much at the left."""
+    excess = max(0, len(answered.ids) - limit)
+    return Answered(answered.ids[excess:], max(1, answered.prompt_length - excess))
+
+
+def endless_order(groups: Sequence[Sequence[Item]], random: torch.Generator) -> Iterator[Item]:
+    """Items for ever, each pass with its groups in a new random order; the items of a group stay together."""
+    while True:
+        for index in torch.randperm(len(groups), generator=random).tolist():
+            yield from groups[index]

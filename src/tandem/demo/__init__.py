@@ -1,0 +1,1 @@
+"""The demo: a small chat model learns to be kind about films, with every part of it real."""

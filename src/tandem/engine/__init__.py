@@ -1,0 +1,5 @@
+"""From a loss to new weights. Knows nothing of reinforcement learning."""
+
+from tandem.engine.local import LocalEngine
+
+__all__ = ["LocalEngine"]

@@ -1,0 +1,12 @@
+"""The two ways in which a command ends badly, each with one message for a person."""
+
+
+class InputError(Exception):
+    """What the person gave cannot be used: exit status 2.
+
+    The message names the file, row or key, what was found, what is allowed and what to do.
+    """
+
+
+class RunError(Exception):
+    """A run that began well could not go on: exit status 1."""

@@ -1,0 +1,1 @@
+"""Language models as policies, and with a scalar head as value and reward models."""

@@ -1,0 +1,128 @@
+"""A causal language model as a policy: log-probabilities of given tokens, and logits of the next one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from tandem.algo import token_logprobs, truncate
+from tandem.errors import InputError
+from tandem.models.trunk import Trunk
+from tandem.types import Tokens
+
+_LOGITS_PER_CHUNK = 2**26
+
+
+@dataclass(frozen=True)
+class SamplingRule:
+    """What turns logits into the distribution that is sampled from and trained."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+
+
+FULL_DISTRIBUTION = SamplingRule(temperature=1.0, top_k=None, top_p=1.0)
+
+
+class CausalPolicy:
+    """A causal language model under a sampling rule.
+
+    Temperature divides the logits in every log-probability. Top-k and top-p are part of the policy: its
+    log-probabilities are those of the truncated distribution, in sampling and in training alike.
+    """
+
+    def __init__(self, trunk: Trunk, rule: SamplingRule, adapter: str | None = None) -> None:
+        self.trunk = trunk
+        self.rule = rule
+        self.adapter = adapter
+        self._model: Any = trunk.model
+        self._head: Any = trunk.model.get_output_embeddings()
+        _check_logits(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.device
+
+    def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
+        """Move tokens to the model, with the activations that all its passes over them can share."""
+        return self.trunk.prepare(tokens, tokens_per_microbatch)
+
+    def logprobs(self, tokens: Tokens) -> Tensor:
+        """log pi(y_t | x, y_<t) of each response token, [B, T] float32, zero where masked.
+
+        Only response positions are projected on the vocabulary, in chunks that are recomputed in the backward
+        pass: [B, T, V] never exists.
+        """
+        hidden = self.trunk.hidden(tokens, self.adapter)
+        mask = tokens.mask
+        rows = torch.arange(len(tokens), device=mask.device)[:, None].expand_as(mask)[mask]
+        states = hidden[rows, tokens.response_positions[mask] - 1]
+        targets = tokens.response_ids[mask]
+        size = max(1, _LOGITS_PER_CHUNK // self._head.weight.shape[0])
+        parts = [
+            checkpoint(self._token_logprobs, *chunk, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self._token_logprobs(*chunk)
+            for chunk in zip(states.split(size), targets.split(size), strict=True)
+        ]
+        out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return out.masked_scatter(mask, torch.cat(parts))
+
+    def _token_logprobs(self, states: Tensor, targets: Tensor) -> Tensor:
+        """states [N, H], targets [N] -> [N]."""
+        logits = self.logits(states) / self.rule.temperature
+        return token_logprobs(truncate(logits, self.rule.top_k, self.rule.top_p, keep=targets), targets)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The model's own logits [N, V] for hidden states [N, H]."""
+        config = self._model.config.get_text_config()
+        logits = self._head(states.contiguous())
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+        """The ids that end a response: the tokenizer's EOS and those that the model was saved with."""
+        known = self._model.generation_config.eos_token_id
+        listed = known if isinstance(known, list) else [known]
+        return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self._model.config)
+
+    @torch.no_grad()
+    def next_logits(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, V] of the token after `ids` [B, S], left-padded as the mask [B, past + S] says.
+
+        They are divided by the temperature and truncated. `cache` grows by S.
+        """
+        with self.trunk.using(self.adapter):
+            hidden = self.trunk.decoder(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+        return truncate(self.logits(hidden) / self.rule.temperature, self.rule.top_k, self.rule.top_p)
+
+
+@torch.no_grad()
+def _check_logits(policy: CausalPolicy) -> None:
+    """Raises InputError where the model makes its logits in a way that `CausalPolicy.logits` does not know."""
+    model: PreTrainedModel = policy._model
+    ids = torch.arange(4, device=policy.device)[None]
+    expected = model(input_ids=ids, use_cache=False).logits[0]
+    found = policy.logits(policy.trunk.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
+        raise InputError(f"{type(model).__name__} makes its logits in a way that Tandem does not know.")

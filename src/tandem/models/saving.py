@@ -1,0 +1,100 @@
+"""Models to disk, so that transformers and peft load them with nothing of ours."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from tandem.config import AdapterSection
+from tandem.errors import InputError
+from tandem.models.loading import padding_id
+from tandem.models.scalar import ScalarModel
+from tandem.models.trunk import Trunk
+
+ADAPTER_FOLDER = "adapter"
+_SCORE = "score.weight"
+
+
+def save_policy(trunk: Trunk, adapter: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A causal language model with the adapter folded in; the adapter by itself, for peft, in a subfolder."""
+    config = copy.deepcopy(trunk.model.config)
+    _save(AutoModelForCausalLM, config, trunk.merged_state(adapter), trunk, folder)
+    tokenizer.save_pretrained(folder)
+    if adapter is not None:
+        _save_adapter(trunk, adapter, "CAUSAL_LM", {}, folder / ADAPTER_FOLDER)
+
+
+def save_scalar(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A one-label sequence classifier with the adapter folded in; adapter and head, for peft, in a subfolder."""
+    trunk = model.trunk
+    config = copy.deepcopy(trunk.model.config)
+    config.num_labels = 1
+    config.pad_token_id = padding_id(tokenizer, trunk.model)
+    prefix = f"{trunk.model.base_model_prefix}."
+    state = {name: tensor for name, tensor in trunk.merged_state(model.adapter).items() if name.startswith(prefix)}
+    head = {f"score.{name}": tensor.detach() for name, tensor in model.head.state_dict().items()}
+    _save(AutoModelForSequenceClassification, config, state | head, trunk, folder)
+    tokenizer.save_pretrained(folder)
+    if model.adapter is not None:
+        extra = {f"base_model.model.{name}": tensor for name, tensor in head.items()}
+        _save_adapter(trunk, model.adapter, "SEQ_CLS", extra, folder / ADAPTER_FOLDER)
+
+
+def _save(kind: Any, config: Any, state: dict[str, Tensor], trunk: Trunk, folder: Path) -> None:
+    dtype = trunk.model.dtype
+    with torch.device("meta"):
+        shell = kind.from_config(config, dtype=dtype)
+    shell.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True, strict=False)
+    shell.tie_weights()
+    unfilled = [name for name, tensor in shell.state_dict().items() if tensor.is_meta]
+    if unfilled:
+        raise RuntimeError(f"saving {type(shell).__name__}: no weights for {unfilled[:3]}")
+    shell.generation_config = trunk.model.generation_config
+    folder.mkdir(parents=True, exist_ok=True)
+    shell.save_pretrained(folder)
+
+
+def _save_adapter(trunk: Trunk, adapter: str, task: str, extra: dict[str, Tensor], folder: Path) -> None:
+    config, state = trunk.adapter_state(adapter)
+    config = copy.deepcopy(config)
+    config.task_type = task
+    config.base_model_name_or_path = trunk.model.name_or_path
+    config.inference_mode = True
+    if extra:
+        config.modules_to_save = ["score"]
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (state | extra).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def load_adapter(trunk: Trunk, name: str, settings: AdapterSection, folder: Path) -> nn.Linear:
+    """Put a saved scalar adapter on a trunk under a name; returns its head.
+
+    Raises InputError where the adapter does not fit this trunk.
+    """
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the adapter cannot be read: {error}") from error
+    weight = saved.pop(f"base_model.model.{_SCORE}")
+    trunk.add_adapter(name, settings)
+    _, own = trunk.adapter_state(name)
+    if own.keys() != saved.keys() or any(own[key].shape != saved[key].shape for key in own):
+        raise InputError(f"{folder}: the adapter was not trained on {trunk.model.name_or_path!r}; its layers differ.")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(saved[key])
+    for parameter in trunk.adapter_parameters(name):
+        parameter.requires_grad_(False)
+    head = nn.Linear(weight.shape[1], 1, bias=False, device=trunk.device)
+    head.load_state_dict({"weight": weight.float()})
+    return head.requires_grad_(False)
+
+

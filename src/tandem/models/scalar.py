@@ -1,0 +1,76 @@
+"""A decoder with a scalar head: a reward model at a sequence's last token, a value model at every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tandem.models.loading import is_classifier, load_causal, load_scalar
+from tandem.models.trunk import Trunk
+from tandem.types import Tokens
+
+
+def zero_head(hidden_size: int, device: torch.device) -> nn.Linear:
+    """A head that answers 0 everywhere, so that a new value model starts the same every time."""
+    head = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+class ScalarModel:
+    """One number a token, read off the decoder's hidden states by a head kept in float32."""
+
+    def __init__(self, trunk: Trunk, head: nn.Linear, adapter: str | None = None) -> None:
+        self.trunk = trunk
+        self.head = head
+        self.adapter = adapter
+
+    def values(self, tokens: Tokens) -> Tensor:
+        """V of the states before each response token and after the last one: [B, T + 1] float32.
+
+        Column t is V(s_t); column `response_lengths[b]` is the value after the last token; zero beyond it.
+        """
+        hidden = self.trunk.hidden(tokens, self.adapter)
+        columns = torch.arange(tokens.mask.shape[1] + 1, device=hidden.device)
+        exists = columns[None, :] <= tokens.response_lengths[:, None]
+        positions = tokens.prompt_lengths[:, None] - 1 + columns
+        rows = torch.arange(len(tokens), device=hidden.device)[:, None].expand_as(exists)[exists]
+        found = self._read(hidden[rows, positions[exists]])
+        return torch.zeros(exists.shape, device=hidden.device).masked_scatter(exists, found)
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        """The number at the last token of each row, [B] float32."""
+        hidden = self.trunk.hidden(tokens, self.adapter)
+        rows = torch.arange(len(tokens), device=hidden.device)
+        return self._read(hidden[rows, tokens.lengths - 1])
+
+    def _read(self, states: Tensor) -> Tensor:
+        """[N, H] -> [N]."""
+        return self.head(states.float()).squeeze(-1)
+
+
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """The scalar head of a one-label classifier that is a causal decoder, or None where it is built otherwise."""
+    head = getattr(model, "score", None)
+    return head if isinstance(head, nn.Linear) and head.out_features == 1 else None
+
+
+def as_scalar(model: PreTrainedModel) -> ScalarModel:
+    """A one-label decoder classifier as a model that answers at every token, its head in float32."""
+    head = head_of(model)
+    assert head is not None
+    own = nn.Linear(head.in_features, 1, bias=head.bias is not None, device=head.weight.device)
+    own.load_state_dict({name: tensor.float() for name, tensor in head.state_dict().items()})
+    return ScalarModel(Trunk(model), own.requires_grad_(False))
+
+
+def load_body(source: str, key: str, dtype: torch.dtype, device: torch.device) -> ScalarModel:
+    """A causal language model or a one-label decoder classifier, as a scalar model.
+
+    A classifier keeps its head; a language model gets one that answers 0.
+    """
+    if is_classifier(source, key):
+        return as_scalar(load_scalar(source, key, dtype, device))
+    trunk = Trunk(load_causal(source, key, dtype, device))
+    return ScalarModel(trunk, zero_head(trunk.model.config.hidden_size, device))

@@ -1,0 +1,222 @@
+"""The four models of the joint stage, and how they share parameters.
+
+separate: the policy, a frozen copy of it as the reference, and a value model of its own.
+adapters: one frozen trunk, which is the reference; policy, value and reward model are LoRA adapters on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tandem.config import AdapterSection, PpoConfig
+from tandem.errors import InputError
+from tandem.models.cards import RewardCard, probe_scores, read_card
+from tandem.models.causal import CausalPolicy, SamplingRule
+from tandem.models.loading import load_causal, load_scalar, load_tokenizer, padding_id
+from tandem.models.saving import load_adapter
+from tandem.models.scalar import ScalarModel, as_scalar, head_of, zero_head
+from tandem.models.scoring import ClassifierScorer, DecoderScorer, Scorer
+from tandem.models.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class JointModels:
+    """Policy, reference and value model, and the parameters that train."""
+
+    policy: CausalPolicy
+    reference: CausalPolicy
+    value: ScalarModel
+    policy_parameters: Sequence[nn.Parameter]
+    value_parameters: Sequence[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model ready to score, with the tokenizer that it reads through."""
+
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    card: RewardCard | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how models compute."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens_per_microbatch: int
+
+
+def build_joint(
+    config: PpoConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement
+) -> tuple[JointModels, dict[str, RewardModel]]:
+    """Load all models of a joint run: those that train, and its reward models by their source."""
+    sources = [source.model for source in config.rewards if source.model is not None]
+    if config.sharing.mode == "adapters":
+        return _adapters(config, sources, tokenizer, placement)
+    models = _separate(config, sources, tokenizer, placement)
+    return models, {source: _load_reward(source, placement) for source in sources}
+
+
+def _rule(config: PpoConfig) -> SamplingRule:
+    return SamplingRule(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
+
+
+def _reference_rule(config: PpoConfig) -> SamplingRule:
+    """The reference keeps its whole support: truncated, it would give sampled tokens no probability at all."""
+    return SamplingRule(config.rollout.temperature, None, 1.0)
+
+
+def _separate(
+    config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
+) -> JointModels:
+    def trunk() -> Trunk:
+        return Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+
+    policy, reference = CausalPolicy(trunk(), _rule(config)), CausalPolicy(trunk(), _reference_rule(config))
+    if config.value.start == "reward":
+        check_same_tokenizer(sources[0], tokenizer)
+        value = _decoder_with_head(sources[0], placement)
+        _verify_transfer(sources[0], value, placement)
+    else:
+        value_trunk = trunk()
+        value = ScalarModel(value_trunk, zero_head(value_trunk.model.config.hidden_size, placement.device))
+    value_parameters = list(value.trunk.decoder.parameters())
+    policy_parameters = list(policy.trunk.model.parameters())
+    for parameter in [*policy_parameters, *value_parameters, *value.head.parameters()]:
+        parameter.requires_grad_(True)
+    return JointModels(policy, reference, value, policy_parameters, value_parameters)
+
+
+def _adapters(
+    config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
+) -> tuple[JointModels, dict[str, RewardModel]]:
+    trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+    reference = CausalPolicy(trunk, _reference_rule(config))
+    rewards = {
+        source: _reward_on_trunk(source, f"reward{index}", trunk, tokenizer, placement)
+        or _load_reward(source, placement)
+        for index, source in enumerate(sources)
+    }
+    policy_parameters = trunk.add_adapter("policy", config.adapters)
+    trunk.share_below("policy")
+    head = zero_head(trunk.model.config.hidden_size, placement.device)
+    if config.value.start == "reward":
+        head = _start_value_from_adapter(sources[0], rewards[sources[0]], trunk, head)
+    else:
+        trunk.add_adapter("value", config.adapters)
+    value = ScalarModel(trunk, head.requires_grad_(True), adapter="value")
+    value_parameters = trunk.adapter_parameters("value")
+    policy = CausalPolicy(trunk, _rule(config), adapter="policy")
+    return JointModels(policy, reference, value, policy_parameters, value_parameters), rewards
+
+
+def _start_value_from_adapter(source: str, reward: RewardModel, trunk: Trunk, head: nn.Linear) -> nn.Linear:
+    scorer = reward.scorer
+    if not isinstance(scorer, DecoderScorer) or scorer.model.trunk is not trunk or reward.card is None:
+        raise InputError(
+            f'value.start = "reward" with sharing.mode = "adapters" needs a reward model that is an adapter of '
+            f'policy.model, and {source!r} is none; train it with `tandem reward` and an [adapters] section, or '
+            f'set value.start = "policy" or sharing.mode = "separate".'
+        )
+    assert reward.card.adapter is not None
+    assert scorer.model.adapter is not None
+    trunk.add_adapter("value", AdapterSection(**reward.card.adapter))
+    trunk.copy_adapter(scorer.model.adapter, "value")
+    with torch.no_grad():
+        head.weight.copy_(scorer.model.head.weight)
+    return head
+
+
+def _reward_on_trunk(
+    source: str, name: str, trunk: Trunk, tokenizer: PreTrainedTokenizerBase, placement: Placement
+) -> RewardModel | None:
+    """The reward model as an adapter of the policy's trunk, where it was trained as one on the same weights.
+
+    Raises InputError where it was trained on this base by name but answers differently on it.
+    """
+    card = read_card(source)
+    folder = Path(source) / "adapter"
+    if card is None or card.adapter is None or not folder.is_dir():
+        return None
+    check_same_tokenizer(source, tokenizer)
+    head = load_adapter(trunk, name, AdapterSection(**card.adapter), folder)
+    scorer = DecoderScorer(ScalarModel(trunk, head, adapter=name), placement.tokens_per_microbatch)
+    _compare(source, card, scorer, placement)
+    return RewardModel(scorer, tokenizer, card)
+
+
+def _load_reward(source: str, placement: Placement) -> RewardModel:
+    tokenizer = load_tokenizer(source, "rewards.model")
+    model = load_scalar(source, "rewards.model", placement.dtype, placement.device)
+    scorer: Scorer
+    if head_of(model) is not None:
+        scorer = DecoderScorer(as_scalar(model), placement.tokens_per_microbatch)
+    else:
+        scorer = ClassifierScorer(model, _padding(source, tokenizer, model), placement.tokens_per_microbatch)
+    return RewardModel(scorer, tokenizer, read_card(source))
+
+
+def _padding(source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """An encoder is told by its attention mask what is padding; any id that it knows will do."""
+    known = padding_id(tokenizer, model)
+    if known is None:
+        raise InputError(f"rewards.model = {source!r}: its tokenizer has neither a padding nor an EOS token.")
+    return known
+
+
+def _decoder_with_head(source: str, placement: Placement) -> ScalarModel:
+    model = load_scalar(source, "rewards.model", placement.dtype, placement.device)
+    if head_of(model) is None:
+        raise InputError(
+            f'value.start = "reward": {source!r} ({type(model).__name__}) is no causal decoder with a scalar head, '
+            'so it cannot read the policy\'s tokens one by one; set value.start = "policy".'
+        )
+    return as_scalar(model)
+
+
+def check_same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError where the reward model's tokens do not mean what the policy's do."""
+    other = load_tokenizer(source, "rewards.model")
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f'value.start = "reward": {source!r} has another tokenizer than policy.model, and the value model reads '
+            'the policy\'s tokens; set value.start = "policy" (the reward model may keep its tokenizer).'
+        )
+
+
+def _verify_transfer(source: str, value: ScalarModel, placement: Placement) -> None:
+    """The value model must answer as the reward model did: by its card, or else by its own forward."""
+    card = read_card(source)
+    scorer = DecoderScorer(value, placement.tokens_per_microbatch)
+    if card is not None and card.probes:
+        _compare(source, card, scorer, placement)
+        return
+    model = value.trunk.model
+    texts = [list(range(5, 5 + length)) for length in (3, 7)]
+    own = ClassifierScorer(model, 0, placement.tokens_per_microbatch)
+    expected = torch.cat([own.score([text]) for text in texts])
+    _same_or_refuse(source, scorer.score(texts), expected, placement)
+
+
+def _compare(source: str, card: RewardCard, scorer: Scorer, placement: Placement) -> None:
+    found = probe_scores(scorer, card)
+    _same_or_refuse(source, found, torch.tensor([probe.score for probe in card.probes]), placement)
+
+
+def _same_or_refuse(source: str, found: torch.Tensor, expected: torch.Tensor, placement: Placement) -> None:
+    tolerance = 1e-3 if placement.dtype == torch.float32 else 0.1
+    gap = float((found - expected).abs().max())
+    scale = max(1.0, float(expected.abs().max()))
+    if not gap <= tolerance * scale:
+        raise InputError(
+            f"the reward model {source!r} was not carried over whole: on its own probe texts it scores up to "
+            f"{gap:.3g} apart from what it scored when it was saved. Was it trained from another base model?"
+        )

@@ -1,0 +1,221 @@
+"""The decoder of a model, from tokens to hidden states: with LoRA adapters to switch and a lower part to share.
+
+Several models can stand on one frozen decoder, each as a named LoRA adapter; with all adapters off it is the
+reference. Where only the upper layers are adapted, what lies below is the same for all of them, so `prepare`
+runs it once and `hidden` starts from its activations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tandem.config import AdapterSection
+from tandem.errors import InputError
+from tandem.types import Tokens, split_by_tokens
+
+
+class Trunk:
+    """Hidden states of a Hugging Face causal decoder.
+
+    `model` is the whole model, head included; only its decoder is used here.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.decoder: Any = model.base_model
+        self._blocks_name, self._blocks = _blocks_of(self.decoder, model.config.get_text_config().num_hidden_layers)
+        self._first_layers: dict[str, int] = {}
+        self._cut = 0
+        self._linear_names = self._linear_layers()
+        self._lora_layers: list[LoraLayer] = []
+        self._lora_configs: dict[str, LoraConfig] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    def hidden(self, tokens: Tokens, adapter: str | None = None) -> Tensor:
+        """[B, L, H] under the named adapter, or none.
+
+        Starts from `tokens.activations` where they are given and the adapter leaves the layers below them alone.
+        """
+        first = len(self._blocks) if adapter is None else self._first_layers[adapter]
+        with self.using(adapter):
+            if tokens.activations is None or first < self._cut:
+                return self.decoder(input_ids=tokens.ids, use_cache=False).last_hidden_state
+            with self._blocks_replaced(upper_from=tokens.activations):
+                return self.decoder(input_ids=tokens.ids, use_cache=False).last_hidden_state
+
+    def add_adapter(self, name: str, settings: AdapterSection) -> list[nn.Parameter]:
+        """Add a LoRA adapter that starts as the identity; returns its parameters."""
+        upper = settings.upper_layers or len(self._blocks)
+        if upper > len(self._blocks):
+            raise InputError(f"adapters.upper_layers = {upper}, but the model has {len(self._blocks)} layers.")
+        first = self._first_layers[name] = len(self._blocks) - upper
+        targets = [name for block in self._linear_names[first:] for name in block]
+        self._lora_configs[name] = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            inject_adapter_in_model(self._lora_configs[name], self.model, adapter_name=name)
+        self._lora_layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        self.model.eval()
+        parameters = self.adapter_parameters(name)
+        for parameter in parameters:
+            parameter.data = parameter.data.to(self.model.dtype)
+            parameter.requires_grad_(True)
+        return parameters
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        return [
+            weights[name].weight
+            for layer in self._lora_layers
+            for weights in (layer.lora_A, layer.lora_B)
+            if name in weights
+        ]
+
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give one adapter the weights of another."""
+        with torch.no_grad():
+            pairs = zip(self.adapter_parameters(source), self.adapter_parameters(target), strict=True)
+            for given, taken in pairs:
+                taken.copy_(given)
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Within it the decoder computes under this adapter, or under none.
+
+        Which parameters train is left as it is: gradients reach whatever the forward went through.
+        """
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self._lora_layers]
+        for layer in self._lora_layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        try:
+            yield
+        finally:
+            for layer, (active, disabled) in zip(self._lora_layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def share_below(self, adapter: str) -> None:
+        """Let `prepare` run the layers below this adapter's first one, for all models that leave them alone."""
+        self._cut = self._first_layers[adapter]
+
+    @torch.no_grad()
+    def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
+        """The tokens with the activations of the shared lower layers, if there are such layers."""
+        tokens = tokens.to(self.device)
+        if self._cut == 0:
+            return tokens
+        activations: Tensor | None = None
+        for rows in split_by_tokens(tokens.lengths, tokens_per_microbatch):
+            part = tokens.select(rows)
+            lower = self._lower(part.ids)
+            if activations is None:
+                activations = lower.new_zeros(*tokens.ids.shape, lower.shape[-1])
+            activations[rows, : lower.shape[1]] = lower
+        return replace(tokens, activations=activations)
+
+    def _lower(self, ids: Tensor) -> Tensor:
+        caught = _Catch()
+        with self.using(None), self._blocks_replaced(lower_into=caught):
+            self.decoder(input_ids=ids, use_cache=False)
+        assert caught.hidden is not None
+        return caught.hidden
+
+    @contextmanager
+    def _blocks_replaced(self, upper_from: Tensor | None = None, lower_into: _Catch | None = None) -> Iterator[None]:
+        """Skip the lower blocks, injecting their output, or skip the upper ones, catching their input.
+
+        The list keeps its length and order, since models look up per-layer settings by position.
+        """
+        cut, count = self._cut, len(self._blocks)
+        if upper_from is not None:
+            parts = [_Skip() for _ in range(cut - 1)] + [_Inject(upper_from)] + list(self._blocks[cut:])
+        else:
+            assert lower_into is not None
+            parts = [*self._blocks[:cut], lower_into] + [_Skip() for _ in range(count - cut - 1)]
+        setattr(self.decoder, self._blocks_name, nn.ModuleList(parts))
+        try:
+            yield
+        finally:
+            setattr(self.decoder, self._blocks_name, self._blocks)
+
+    def _linear_layers(self) -> list[list[str]]:
+        """Names of the matrices of each block, as they are before any LoRA wraps them."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return [
+            [names[id(module)] for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
+            for block in self._blocks
+        ]
+
+    def adapter_state(self, name: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """An adapter as peft keeps it: its configuration and its weights under peft's names."""
+        state = get_peft_model_state_dict(self.model, adapter_name=name)
+        return self._lora_configs[name], {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+
+    @torch.no_grad()
+    def merged_state(self, adapter: str | None) -> dict[str, Tensor]:
+        """The whole model's weights with an adapter folded in, under the names of the model without LoRA."""
+        state = {
+            name.replace(".base_layer", ""): tensor
+            for name, tensor in self.model.state_dict().items()
+            if ".lora_" not in name
+        }
+        if adapter is not None:
+            for name, module in self.model.named_modules():
+                if isinstance(module, LoraLayer) and adapter in module.lora_A:
+                    weight = f"{name}.weight"
+                    delta = module.get_delta_weight(adapter)
+                    state[weight] = (state[weight].float() + delta.float()).to(state[weight].dtype)
+        return state
+
+
+class _Skip(nn.Module):
+    """Stands where a block is not to run."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class _Inject(nn.Module):
+    """Stands where the last skipped block would have answered."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
+
+
+class _Catch(nn.Module):
+    """Keeps what the block in its place would have read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.hidden = hidden_states
+        return hidden_states
+
+
+def _blocks_of(decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return name, child
+    raise InputError(f"{type(decoder).__name__} keeps its layers in a way that Tandem does not know.")
+

@@ -1,0 +1,64 @@
+"""Try a model: answers to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tandem.data.prompts import make_prompt
+from tandem.data.rows import Row
+from tandem.errors import InputError
+from tandem.models.causal import CausalPolicy, SamplingRule
+from tandem.models.loading import context_length, load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.trunk import Trunk
+from tandem.rollout import TorchGenerator
+from tandem.text import Text
+from tandem.types import Rollout
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How to answer; `chat` puts each prompt through the model's chat template as a user's turn."""
+
+    model: str
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    responses: int
+    chat: bool
+    seed: int
+    device: str
+    precision: str
+
+
+def run_generate(settings: GenerateSettings, prompts: Sequence[str]) -> list[Rollout]:
+    """`responses` answers to each prompt, in order.
+
+    Raises InputError for a model that cannot be loaded or a prompt that does not fit it.
+    """
+    device = pick_device(settings.device)
+    tokenizer = load_tokenizer(settings.model, "model")
+    texts: list[Text] = [[{"role": "user", "content": text}] if settings.chat else text for text in prompts]
+    ready = [
+        make_prompt(text, tokenizer, Row({}, f"prompt {number}")) for number, text in enumerate(texts, start=1)
+    ]
+    model = load_causal(settings.model, "model", pick_dtype(settings.precision, device), device)
+    limit, longest = context_length(model), max(len(prompt.ids) for prompt in ready)
+    if limit is not None and longest + settings.max_new_tokens > limit:
+        raise InputError(
+            f"the longest prompt has {longest} tokens and --max-new-tokens is {settings.max_new_tokens}, together more "
+            f"than the {limit} that the model reads."
+        )
+    policy = CausalPolicy(Trunk(model), SamplingRule(settings.temperature, settings.top_k, settings.top_p))
+    generator = TorchGenerator(
+        policy,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        policy.stop_ids(tokenizer),
+        max_new_tokens=settings.max_new_tokens,
+        sequences_per_batch=64,
+        random=torch.Generator(device=device).manual_seed(settings.seed),
+    )
+    return generator.generate([prompt for prompt in ready for _ in range(settings.responses)])

@@ -1,0 +1,213 @@
+"""A reward model from preferences: what people chose scores higher than what they rejected."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from tandem import algo
+from tandem.config import RewardConfig
+from tandem.data.examples import Answered, Pair, endless_order, read_pairs
+from tandem.engine.local import LocalEngine, ParameterGroup
+from tandem.models.cards import RewardCard, make_probes, write_card
+from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
+from tandem.models.saving import save_scalar
+from tandem.models.scalar import ScalarModel, load_body
+from tandem.models.scoring import DecoderScorer
+from tandem.models.trunk import Trunk
+from tandem.run import Progress, RunFolder
+from tandem.run.interrupt import Interrupt
+from tandem.run.machine import machine_record
+from tandem.types import whole_texts
+
+
+def run_reward(config: RewardConfig, progress: Progress) -> dict[str, Any]:
+    """Train by the recipe, save the model with its held-out accuracy and return the run's summary.
+
+    Raises InputError for what cannot be used.
+    """
+    started = time.monotonic()
+    torch.manual_seed(config.run.seed)
+    device = pick_device(config.compute.device)
+    tokenizer = load_tokenizer(config.model, "model")
+    rows = read_pairs(config.data, tokenizer, config.run.seed)
+    for what, count in (("truncated", rows.truncated), ("dropped", rows.dropped)):
+        if count:
+            progress.say(f"{count} pairs were longer than data.max_tokens and {what}.")
+    with progress.console.status("loading the model"):
+        learner = build(config, device)
+    folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
+    budget = config.compute.tokens_per_microbatch
+    steps = math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch)
+    engine = learner.engine(config, steps)
+    random = torch.Generator().manual_seed(config.run.seed)
+    order = endless_order(by_prompt(rows.train), random)
+    with Interrupt() as interrupt, progress.stage("reward model", steps) as shown:
+        for step in range(1, steps + 1):
+            pairs = [next(order) for _ in range(config.pairs_per_minibatch)]
+            metrics = {"train/lr": engine.lr, **train_on(learner, pairs, engine, config)}
+            if rows.heldout and (step % config.eval_every == 0 or step == steps):
+                metrics |= measure_heldout(learner, rows.heldout, budget)
+            folder.log(step, metrics)
+            shown.advance({name.rpartition("/")[2]: metrics[name] for name in ("train/loss", "train/accuracy")})
+            if interrupt.requested:
+                progress.warn(f"interrupted; the model is saved as it is after step {step}.")
+                break
+    heldout = measure_heldout(learner, rows.heldout, budget) if rows.heldout else {}
+    with progress.console.status("saving the model"):
+        save(learner, config, tokenizer, rows.heldout or rows.train, heldout, folder.model, budget)
+    summary = {
+        "stage": "reward",
+        "interrupted": interrupt.requested,
+        "seed": config.run.seed,
+        "steps": step,
+        "train_pairs": len(rows.train),
+        "seconds": time.monotonic() - started,
+        **machine_record(device),
+        "heldout_accuracy": heldout.get("heldout/accuracy"),
+        "heldout_pairs": len(rows.heldout),
+        "last_step": metrics,
+    }
+    folder.write_summary(summary)
+    folder.close()
+    return summary
+
+
+@dataclass(frozen=True)
+class RewardLearner:
+    """A scalar model and the parameters of its body that train; its head always trains."""
+
+    model: ScalarModel
+    body: Sequence[nn.Parameter]
+
+    def engine(self, config: RewardConfig, steps: int) -> LocalEngine:
+        head = list(self.model.head.parameters())
+        lr = config.optimizer.lr
+        groups = [ParameterGroup(self.body, lr), ParameterGroup(head, config.head_lr or lr)]
+        return LocalEngine(groups, config.optimizer, steps)
+
+
+def build(config: RewardConfig, device: torch.device) -> RewardLearner:
+    """The model to start from with a scalar head: its own if it has one, else one that answers 0."""
+    start = load_body(config.model, "model", pick_dtype(config.compute.precision, device), device)
+    start.head.requires_grad_(True)
+    if config.adapters is None:
+        return RewardLearner(start, list(start.trunk.decoder.requires_grad_(True).parameters()))
+    body = start.trunk.add_adapter("reward", config.adapters)
+    return RewardLearner(ScalarModel(start.trunk, start.head, adapter="reward"), body)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of pairs: at the answers' ends [n], and after each of their tokens [n, T].
+
+    After an answer's end its last score stands; `mask` [n, T] is true up to the longer answer's end.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_by_token: Tensor
+    rejected_by_token: Tensor
+    mask: Tensor
+
+
+def train_on(learner: RewardLearner, pairs: Sequence[Pair], engine: LocalEngine, config: RewardConfig) -> dict[str, float]:
+    """One optimiser step on a minibatch of pairs."""
+    sums = algo.Sums()
+    for scores in scored_parts(learner.model, pairs, config.compute.tokens_per_microbatch):
+        loss = total = algo.preference_loss(scores.chosen, scores.rejected)
+        if config.every_token_weight > 0:
+            by_token = algo.prefix_preference_loss(scores.chosen_by_token, scores.rejected_by_token, scores.mask)
+            total = loss + config.every_token_weight * by_token
+            sums.add("train/every_token_loss", by_token.detach(), len(scores.chosen))
+        engine.backward(total / len(pairs))
+        sums.add("train/loss", loss.detach(), len(scores.chosen))
+        sums.add("train/accuracy", (scores.chosen > scores.rejected).sum(), len(scores.chosen))
+        sums.add("train/margin", (scores.chosen - scores.rejected).detach().sum(), len(scores.chosen))
+    return {**sums.means(), "train/grad_norm": engine.step()}
+
+
+@torch.no_grad()
+def measure_heldout(learner: RewardLearner, pairs: Sequence[Pair], budget: int) -> dict[str, float]:
+    """Loss, accuracy, margin and score on pairs that were not trained on. A tie counts as half right."""
+    sums = algo.Sums()
+    for scores in scored_parts(learner.model, pairs, budget):
+        chosen, rejected = scores.chosen, scores.rejected
+        right = (chosen > rejected).float() + (chosen == rejected).float() / 2
+        sums.add("heldout/loss", algo.preference_loss(chosen, rejected), len(chosen))
+        sums.add("heldout/accuracy", right.sum(), len(chosen))
+        sums.add("heldout/margin", (chosen - rejected).sum(), len(chosen))
+        sums.add("heldout/score", (chosen + rejected).sum(), 2 * len(chosen))
+    return dict(sums.means())
+
+
+def scored_parts(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> Iterator[PairScores]:
+    """Scores of pairs, a micro-batch at a time; an answer that stands in several pairs of it is read once."""
+    for part in pairs_by_tokens(pairs, budget):
+        answers = list(dict.fromkeys(answer for pair in part for answer in (pair.chosen, pair.rejected)))
+        place = {answer: row for row, answer in enumerate(answers)}
+        tokens = whole_texts([a.ids for a in answers], [a.prompt_length for a in answers]).to(model.trunk.device)
+        after = model.values(tokens)[:, 1:]
+        last = after.gather(1, tokens.response_lengths[:, None] - 1)
+        after = torch.where(tokens.mask, after, last)
+        chosen = torch.tensor([place[pair.chosen] for pair in part], device=after.device)
+        rejected = torch.tensor([place[pair.rejected] for pair in part], device=after.device)
+        yield PairScores(
+            chosen=last[chosen, 0],
+            rejected=last[rejected, 0],
+            chosen_by_token=after[chosen],
+            rejected_by_token=after[rejected],
+            mask=tokens.mask[chosen] | tokens.mask[rejected],
+        )
+
+
+def pairs_by_tokens(pairs: Sequence[Pair], budget: int) -> Iterator[list[Pair]]:
+    """Pairs in their order, as many at a time as have distinct answers that fit the budget when padded."""
+    part: list[Pair] = []
+    answers: set[Answered] = set()
+    for pair in pairs:
+        wider = answers | {pair.chosen, pair.rejected}
+        if part and len(wider) * max(len(answer.ids) for answer in wider) > budget:
+            yield part
+            part, wider = [], {pair.chosen, pair.rejected}
+        part.append(pair)
+        answers = wider
+    yield part
+
+
+def by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs that answer the same prompt, together."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.prompt, []).append(pair)
+    return list(groups.values())
+
+
+def save(
+    learner: RewardLearner,
+    config: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    heldout: dict[str, float],
+    folder: Path,
+    budget: int,
+) -> None:
+    """The model, and its card."""
+    save_scalar(learner.model, tokenizer, folder)
+    probes = make_probes(DecoderScorer(learner.model, budget), [pair.chosen.ids for pair in pairs[:4]])
+    card = RewardCard(
+        base=config.model,
+        heldout_accuracy=heldout.get("heldout/accuracy"),
+        heldout_pairs=int(bool(heldout)) * len(pairs),
+        adapter=config.adapters.model_dump() if config.adapters else None,
+        probes=probes,
+    )
+    write_card(card, folder)

@@ -1,0 +1,181 @@
+"""The pure functions, each against hand-made or naive answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem import algo
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "gradient"),
+    [
+        (1.0, 0.5, 1.0),
+        (1.0, 0.9, 1.0),
+        (1.0, 1.1, 1.0),
+        (1.0, 1.5, 0.0),
+        (-1.0, 0.5, 0.0),
+        (-1.0, 0.9, -1.0),
+        (-1.0, 1.1, -1.0),
+        (-1.0, 1.5, -1.0),
+    ],
+)
+def test_clip_stops_the_right_gradients(advantage, ratio, gradient):
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    old = torch.zeros(1, 1, dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss = algo.ppo_policy_loss(logprobs, old, torch.full((1, 1), advantage), mask, clip_low=0.2, clip_high=0.2)
+    loss.total.backward()
+    assert -logprobs.grad.item() / ratio == pytest.approx(gradient)
+    assert loss.clipped.item() == (gradient == 0.0)
+
+
+def naive_gae(rewards, values, length, gamma, lam, final):
+    deltas = [
+        rewards[t] + gamma * (values[t + 1] if t + 1 < length else final) - values[t] for t in range(length)
+    ]
+    return [sum((gamma * lam) ** k * deltas[t + k] for k in range(length - t)) for t in range(length)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    gamma=st.sampled_from([1.0, 0.9]),
+    lam=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    padding=st.integers(0, 3),
+    truncated=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_gae_equals_the_double_loop(lengths, gamma, lam, padding, truncated, seed):
+    random = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths) + padding)
+    rewards, values = (torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(2))
+    final = torch.randn(len(lengths), generator=random, dtype=torch.float64) * truncated
+    mask = torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]
+    found = algo.gae(rewards, values, mask, gamma=gamma, lam=lam, final_values=final if truncated else None)
+    for row, length in enumerate(lengths):
+        expected = naive_gae(rewards[row].tolist(), values[row].tolist(), length, gamma, lam, final[row].item())
+        assert found[row, :length].tolist() == pytest.approx(expected, abs=1e-12)
+        assert (found[row, length:] == 0).all()
+
+
+def test_gae_at_the_ends_of_lambda():
+    rewards, values = torch.randn(2, 3, 5, dtype=torch.float64).unbind(0)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    returns = rewards.flip(1).cumsum(1).flip(1)
+    following = torch.cat([values[:, 1:], torch.zeros(3, 1, dtype=torch.float64)], 1)
+    monte_carlo = algo.gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    assert torch.allclose(monte_carlo, returns - values, atol=1e-12)
+    td = algo.gae(rewards, values, mask, gamma=1.0, lam=0.0)
+    assert torch.allclose(td, rewards + following - values, atol=1e-12)
+
+
+def test_score_is_paid_at_the_last_token_and_kl_at_every_one():
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    logprobs, reference = torch.full((2, 3), -1.0), torch.full((2, 3), -1.5)
+    rewards = algo.token_rewards(torch.tensor([3.0, 4.0]), logprobs, reference, mask, 0.1)
+    expected = torch.tensor([[-0.05, 2.95, 0.0], [-0.05, -0.05, 3.95]])
+    assert torch.allclose(rewards, expected)
+
+
+def test_kl_estimators_agree_in_expectation():
+    random = torch.Generator().manual_seed(0)
+    policy, reference = torch.randn(2, 6, generator=random, dtype=torch.float64).log_softmax(-1)
+    exact = (policy.exp() * (policy - reference)).sum()
+    for estimator in ("k1", "k3"):
+        found = (policy.exp() * algo.kl_estimate(policy, reference, estimator)).sum()
+        assert torch.allclose(found, exact)
+    assert (algo.kl_estimate(policy, reference, "k3") >= 0).all()
+    assert torch.allclose(algo.kl_estimate(policy, reference, "k2"), (policy - reference) ** 2 / 2)
+    with pytest.raises(ValueError, match="k4"):
+        algo.kl_estimate(policy, reference, "k4")
+
+
+def test_gradient_of_k2_is_the_gradient_of_the_kl():
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(6, dtype=torch.float64).log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits, retain_graph=True)
+    k2 = algo.kl_estimate(logprobs, reference, "k2")
+    (found,) = torch.autograd.grad((logprobs.exp().detach() * k2).sum(), logits)
+    assert torch.allclose(found, exact)
+
+
+def test_adaptive_kl_moves_toward_its_target():
+    controller = algo.AdaptiveKl(0.1, target=6.0, horizon=1000.0)
+    assert controller.after(12.0, 100).coefficient == pytest.approx(0.1 * 1.02)
+    assert controller.after(5.4, 100).coefficient == pytest.approx(0.1 * 0.99)
+    assert algo.AdaptiveKl(0.1, target=None, horizon=1000.0).after(99.0, 100).coefficient == 0.1
+
+
+def test_whitening_ignores_padding():
+    x = torch.tensor([[1.0, 2.0, float("nan")], [3.0, 4.0, 5.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    white = algo.whiten(x, mask)
+    assert white[0, 2] == 0
+    assert white[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert white[mask].var(unbiased=False).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_explained_variance():
+    outcomes = torch.tensor([[1.0, 2.0, 3.0, 99.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    assert algo.explained_variance(outcomes, outcomes, mask) == 1.0
+    assert algo.explained_variance(torch.full((1, 4), 7.0), outcomes, mask) == 0.0
+    assert math.isnan(algo.explained_variance(outcomes, torch.ones(1, 4), mask))
+
+
+def test_means_over_parts_are_means_over_the_whole():
+    sums = algo.Sums()
+    sums.add("x", 2.0, 1)
+    sums.add("x", 4.0, 3)
+    sums.add_largest("most", 3.0)
+    sums.add_largest("most", 1.0)
+    assert sums.means() == {"x": 1.5, "most": 3.0}
+
+
+def test_preference_loss_is_bradley_terry():
+    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
+    expected = -math.log(1 / (1 + math.exp(-1))) + math.log(2)
+    assert algo.preference_loss(chosen, rejected).item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="shapes differ"):
+        algo.preference_loss(chosen, rejected[:1])
+
+
+def test_losses_ignore_what_is_masked():
+    mask = torch.tensor([[True, False]])
+    values = torch.tensor([[1.0, float("nan")]], requires_grad=True)
+    algo.value_loss(values, torch.zeros(1, 2), mask).backward()
+    assert values.grad.tolist() == [[1.0, 0.0]]
+    assert algo.a2c_policy_loss(torch.tensor([[-2.0, 9.0]]), torch.tensor([[3.0, 9.0]]), mask).item() == 6.0
+
+
+@pytest.mark.parametrize("vocabulary", [5, 256, 1000])
+def test_sampling_follows_the_distribution(vocabulary):
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(vocabulary, generator=random) * 3
+    logits[::3] = -math.inf
+    draws = 200_000
+    tokens, logprobs = algo.sample(logits.expand(draws, -1)[: draws // 20].repeat(1, 1), random)
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    expected = logits.softmax(-1).double() * len(tokens)
+    assert (counts[::3] == 0).all()
+    likely = expected > 20
+    chi_square = ((counts - expected)[likely].square() / expected[likely]).sum()
+    assert chi_square < 2 * likely.sum() + 30
+    assert torch.allclose(logprobs, algo.token_logprobs(logits.expand(len(tokens), -1), tokens), atol=1e-5)
+
+
+def test_truncation_keeps_the_likeliest():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    finite = lambda x: x.isfinite()[0].tolist()  # noqa: E731
+    assert finite(algo.truncate(logits, 2, 1.0)) == [True, True, False, False]
+    assert finite(algo.truncate(logits, None, 0.6)) == [True, True, False, False]
+    assert finite(algo.truncate(logits, None, 1e-9)) == [True, False, False, False]
+    assert finite(algo.truncate(logits, 1, 1.0, keep=torch.tensor([3]))) == [True, False, False, True]
+    assert algo.truncate(logits, None, 1.0) is logits

@@ -1,0 +1,103 @@
+"""Recipes and overrides: what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from tandem.config import PpoConfig, RewardConfig, SftConfig, fields_of, load_config, without_none
+from tandem.errors import InputError
+
+SMALLEST = ["--policy.model", "m", "--data.prompts", "p.jsonl", "--rewards.0.model", "r"]
+
+
+def test_overrides_are_typed_and_reach_every_depth():
+    config = load_config(PpoConfig, None, [*SMALLEST, "--policy.lr", "1e-6", "--rewards.1.function=f.py:g", "--steps=7"])
+    assert config.policy.lr == 1e-6
+    assert config.steps == 7
+    assert config.rewards[1].function == "f.py:g"
+    assert config.rewards[0].model == "r"
+
+
+def test_dashes_may_stand_for_underscores():
+    assert load_config(PpoConfig, None, [*SMALLEST, "--rollout.max-new-tokens", "9"]).rollout.max_new_tokens == 9
+
+
+def test_recipe_is_overridden_by_the_command_line(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('model = "a"\n[data]\ntrain = "t.jsonl"\n[optimizer]\nlr = 3e-4\n')
+    config = load_config(SftConfig, recipe, ["--model", "b"])
+    assert (config.model, config.optimizer.lr) == ("b", 3e-4)
+
+
+def test_resolved_configuration_reads_back_the_same():
+    config = load_config(PpoConfig, None, SMALLEST)
+    again = PpoConfig.model_validate(tomllib.loads(tomli_w.dumps(without_none(config.model_dump()))))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--polcy.lr", "1"], ["polcy", "not a known key"]),
+        (["--policy.learning_rate", "1"], ["policy.learning_rate", "not a known key"]),
+        (["--policy.clip_hig", "0.3"], ["did you mean policy.clip_high"]),
+        (["--policy.lr", "fast"], ["policy.lr = 'fast'", "valid number"]),
+        (["--policy.lr", "-1"], ["policy.lr = -1", "greater than 0"]),
+        (["--policy.lr", "inf"], ["policy.lr", "finite"]),
+        (["--steps", "2.5"], ["steps = 2.5", "valid integer"]),
+        (["--steps", "0"], ["steps = 0", "greater than or equal to 1"]),
+        (["--steps", "true"], ["steps", "valid integer"]),
+        (["--sharing.mode", "both"], ["sharing.mode = 'both'", "'separate' or 'adapters'"]),
+        (["--rewards", "[]"], ["rewards = []", "at least 1"]),
+        (["--rewards.0.function", "f.py:g"], ["either model or function"]),
+        (["--rewards", '[{function="f.py:g"}]'], ['value.start = "policy"']),
+        (["--eval_every", "5"], ["eval_every needs data.eval_prompts"]),
+        (["--steps"], ["--steps needs a value"]),
+        (["steps=3"], ["'steps=3' was not understood"]),
+        (["--policy.lr.x", "1"], ["policy.lr", "valid number"]),
+        (["--policy.model.x", "1"], ["policy.model is a value"]),
+        (["--rewards.5.model", "x"], ["must be an index from 0 to 1"]),
+        (["--rollout.top_p", "1.5"], ["rollout.top_p = 1.5", "less than or equal to 1"]),
+        (["--policy.betas", "[0.9]"], ["policy.betas", "at least 2"]),
+        (["--advantage.at_limit=bootstrap", "--score.missing_eos_penalty=1"], ["missing_eos_penalty has no effect"]),
+    ],
+)
+def test_what_is_refused_is_named(words, said):
+    with pytest.raises(InputError) as refusal:
+        load_config(PpoConfig, None, [*SMALLEST, *words])
+    for part in said:
+        assert part in str(refusal.value)
+
+
+def test_missing_keys_are_named_all_at_once():
+    with pytest.raises(InputError, match=r"policy.* is missing.*") as refusal:
+        load_config(PpoConfig, None, ["--rewards.0.model", "r"])
+    assert "data" in str(refusal.value)
+    assert "policy" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"a = ", "not valid TOML"), (b"\xff\xfe", "not UTF-8"), (None, "no such recipe")],
+)
+def test_bad_recipes(tmp_path, content, said):
+    path = tmp_path / "r.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        load_config(RewardConfig, path, [])
+
+
+@pytest.mark.parametrize("kind", [SftConfig, RewardConfig, PpoConfig])
+def test_every_field_is_described(kind):
+    assert [name for name, field in fields_of(kind) if not field.description] == []
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.name)
+def test_recipes_in_the_repository_are_valid(path):
+    kind = {"sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}[path.stem.split("-")[0]]
+    assert load_config(kind, path, [])

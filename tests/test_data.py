@@ -1,0 +1,235 @@
+"""Rows in: the formats that people have, and the rows that are refused."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.config import RowsSection
+from tandem.data.examples import read_examples, read_pairs
+from tandem.data.prompts import PromptLimits, prompt_batches, read_prompts
+from tandem.data.rows import hold_out, read_rows
+from tandem.errors import InputError
+
+TOKENIZER = make_tokenizer()
+USER = {"role": "user", "content": "what is two?"}
+SAYS = {"role": "assistant", "content": "a good story"}
+WRONG = {"role": "assistant", "content": "a bad one"}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def prompts(source, tokenizer=TOKENIZER, longest=100, too_long="refuse", columns=None):
+    return read_prompts(source, "data.prompts", "train", columns or {}, tokenizer, PromptLimits(longest, too_long))
+
+
+def examples(path, rows, tokenizer=TOKENIZER, **options):
+    data = RowsSection(train=write(path, rows), eval_fraction=0.0, **options)
+    return read_examples(data, tokenizer, 0)
+
+
+def pairs(path, rows, tokenizer=TOKENIZER, **options):
+    data = RowsSection(train=write(path, rows), eval_fraction=0.0, **options)
+    return read_pairs(data, tokenizer, 0)
+
+
+def test_every_file_kind_gives_the_same_rows(tmp_path):
+    rows = [{"prompt": "the film, was"}, {"prompt": 'a "good" story'}]
+    write(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text('prompt\n"the film, was"\n"a ""good"" story"\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for kind in ("jsonl", "json", "csv", "parquet"):
+        found = read_rows(str(tmp_path / f"a.{kind}"), "data.train", "train", {})
+        assert [dict(row.columns) for row in found] == rows
+
+
+def test_prompts_may_be_text_or_conversations(tmp_path):
+    found, dropped = prompts(write(tmp_path / "p.jsonl", [{"prompt": "the film", "answer": 4}, {"prompt": [USER]}]))
+    assert dropped == 0
+    assert found[0].messages is None
+    assert found[0].row["answer"] == 4
+    assert TOKENIZER.decode(found[0].ids) == "the film"
+    assert found[1].text == "<|user|>what is two?</s><|assistant|>"
+    assert list(found[1].ids) == TOKENIZER(found[1].text, add_special_tokens=False).input_ids
+
+
+def test_columns_can_be_renamed(tmp_path):
+    found, _ = prompts(write(tmp_path / "p.jsonl", [{"question": "the film"}]), columns={"prompt": "question"})
+    assert found[0].text == "the film"
+
+
+def test_prompt_batches_see_every_prompt_before_any_twice(tmp_path):
+    found, _ = prompts(write(tmp_path / "p.jsonl", [{"prompt": f"film {n}"} for n in range(5)]))
+    taken = [prompt.text for batch in islice(prompt_batches(found, 2, seed=0), 5) for prompt in batch]
+    assert sorted(taken[:5]) == sorted(taken[5:]) == sorted(prompt.text for prompt in found)
+    assert taken[:5] != taken[5:]
+
+
+def test_of_a_text_every_token_is_taught(tmp_path):
+    (example,) = examples(tmp_path / "s.jsonl", [{"text": "a good story"}]).train
+    assert TOKENIZER.decode(example.ids) == "<s>a good story</s>"
+    assert example.taught == (False, *[True] * (len(example.ids) - 1))
+
+
+def test_of_a_completion_only_the_answer_is_taught(tmp_path):
+    (example,) = examples(tmp_path / "s.jsonl", [{"prompt": "the film", "completion": " was slow"}]).train
+    taught = [token for token, is_taught in zip(example.ids, example.taught, strict=True) if is_taught]
+    assert TOKENIZER.decode(taught) == " was slow</s>"
+
+
+def test_of_a_conversation_every_turn_of_the_assistant_is_taught(tmp_path):
+    (example,) = examples(tmp_path / "s.jsonl", [{"messages": [USER, SAYS, USER, WRONG]}]).train
+    taught = [token for token, is_taught in zip(example.ids, example.taught, strict=True) if is_taught]
+    assert TOKENIZER.decode(taught) == "a good story</s>a bad one</s>"
+    assert TOKENIZER.decode(example.ids).count("<|user|>what is two?</s>") == 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "what?", "chosen": " good", "rejected": " bad"},
+        {"prompt": [USER], "chosen": "good", "rejected": "bad"},
+        {"prompt": [USER], "chosen": [SAYS], "rejected": [WRONG]},
+        {"prompt": [USER], "chosen": [USER, SAYS], "rejected": [USER, WRONG]},
+        {"prompt": USER["content"], "chosen": [USER, SAYS], "rejected": [USER, WRONG]},
+        {"chosen": [USER, SAYS], "rejected": [USER, WRONG]},
+    ],
+)
+def test_preferences_in_every_convention(tmp_path, row):
+    (pair,) = pairs(tmp_path / "p.jsonl", [row]).train
+    chosen, rejected = TOKENIZER.decode(pair.chosen.ids), TOKENIZER.decode(pair.rejected.ids)
+    assert "good" in chosen
+    assert "bad" in rejected
+    assert "what" in chosen
+    assert "what" in rejected
+
+
+def test_long_pairs_lose_the_left_of_their_prompt(tmp_path):
+    row = {"prompt": "the film was slow " * 20, "chosen": "good", "rejected": "bad"}
+    split = pairs(tmp_path / "p.jsonl", [row], max_tokens=10, too_long="truncate")
+    assert split.truncated == 1
+    assert len(split.train[0].chosen.ids) == 10
+    assert TOKENIZER.decode(split.train[0].chosen.ids).endswith("good")
+
+
+def test_dropped_rows_are_counted(tmp_path):
+    rows = [{"text": "a"}, {"text": "the film was slow " * 20}]
+    split = examples(tmp_path / "s.jsonl", rows, max_tokens=10, too_long="drop")
+    assert (split.dropped, len(split.train)) == (1, 1)
+
+
+BAD_FILES = [
+    ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', ["p.jsonl, line 2", "is not JSON"]),
+    ("p.jsonl", b'{"prompt": "a"}\n["b"]\n', ["p.jsonl, line 2", "must be an object"]),
+    ("p.jsonl", b'{"text": "a"}\n', ["line 1", "needs 'prompt'", "'text'"]),
+    ("p.jsonl", b'{"prompt": null}\n', ["line 1", "'prompt' is null"]),
+    ("p.jsonl", b'{"prompt": "  "}\n', ["line 1", "'prompt' is empty"]),
+    ("p.jsonl", b'{"prompt": 7}\n', ["line 1", "'prompt' is int"]),
+    ("p.jsonl", b'{"prompt": []}\n', ["line 1", "empty conversation"]),
+    ("p.jsonl", b'{"prompt": [{"role": "robot", "content": "x"}]}\n', ["'robot'", "user, assistant"]),
+    ("p.jsonl", b'{"prompt": [{"role": "user"}]}\n', ["turn 0", "role and a content"]),
+    ("p.jsonl", b'{"prompt": [{"role": "user", "content": 3}]}\n', ["turn 0", "int", "not text"]),
+    ("p.jsonl", b'{"prompt": [{"role": "assistant", "content": "x"}]}\n', ["ends with the assistant's turn"]),
+    ("p.jsonl", b"", ["has no rows"]),
+    ("p.jsonl", b'{"prompt": "\xff"}\n', ["not UTF-8"]),
+    ("p.json", b'{"prompt": "a"}', ["must hold a list"]),
+    ("p.csv", b"prompt,b\nx,y\nz\n", ["p.csv, line 3", "as many fields"]),
+    ("p.csv", b'prompt\n"open\n', ["p.csv", "not CSV"]),
+    ("p.parquet", b"PAR1 no", ["p.parquet", "not a readable Parquet"]),
+    ("p.txt", b"a", ["give a file that ends in"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), BAD_FILES)
+def test_bad_prompt_files_are_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as refusal:
+        prompts(str(tmp_path / name))
+    for part in said:
+        assert part in str(refusal.value)
+
+
+def test_missing_files_and_unknown_columns(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        prompts(str(tmp_path / "none.jsonl"))
+    with pytest.raises(InputError, match="names 'q', but the row has only 'prompt'"):
+        prompts(write(tmp_path / "p.jsonl", [{"prompt": "a"}]), columns={"prompt": "q"})
+
+
+def test_long_prompts_are_refused_or_dropped(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"prompt": "film"}, {"prompt": "film " * 50}])
+    with pytest.raises(InputError, match=r"line 2: the prompt has \d+ tokens"):
+        prompts(source, longest=20)
+    assert prompts(source, longest=20, too_long="drop")[1] == 1
+    with pytest.raises(InputError, match="every prompt is longer"):
+        prompts(write(tmp_path / "q.jsonl", [{"prompt": "film " * 50}]), longest=20, too_long="drop")
+
+
+def test_conversations_need_a_chat_template(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"prompt": [USER]}])
+    with pytest.raises(InputError, match="no chat template"):
+        prompts(source, tokenizer=make_tokenizer(chat=False))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "needs 'chosen' and 'rejected'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same"),
+        ({"prompt": "a", "chosen": "", "rejected": "b"}, "'chosen' is empty"),
+        ({"chosen": "a", "rejected": "b"}, "'prompt' is missing"),
+        ({"chosen": [SAYS], "rejected": [WRONG]}, "no common prompt"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "one turn of the assistant"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path, row, said):
+    with pytest.raises(InputError, match=said) as refusal:
+        pairs(tmp_path / "p.jsonl", [row])
+    assert "line 1" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"completion": "b"}, "needs 'text' or 'messages'"),
+        ({"messages": [USER]}, "in which the assistant speaks"),
+        ({"text": [USER, SAYS]}, "name the column 'messages'"),
+        ({"prompt": "a", "completion": None}, "'completion' is null"),
+        ({"text": "film " * 200}, "raise it, or set data.too_long"),
+    ],
+)
+def test_bad_examples_are_named(tmp_path, row, said):
+    with pytest.raises(InputError, match=said):
+        examples(tmp_path / "s.jsonl", [row], max_tokens=50)
+
+
+@settings(deadline=None, max_examples=50)
+@given(count=st.integers(2, 60), fraction=st.floats(0.01, 0.99), seed=st.integers(0, 99))
+def test_held_out_rows_are_a_partition(count, fraction, seed):
+    train, heldout = hold_out(list(range(count)), fraction, seed)
+    assert sorted(train + heldout) == list(range(count))
+    assert train
+    assert heldout
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=60))
+def test_no_bytes_in_a_file_make_a_traceback(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("fuzz") / "p.jsonl"
+    path.write_bytes(content)
+    try:
+        found, _ = prompts(str(path))
+    except InputError:
+        return
+    assert found
