@@ -24,5 +24,8 @@ loss = algo.ppo_policy_loss(new_logprobs, logprobs, advantages, mask, clip_low=0
 (loss.total / mask.sum()).backward()
 print("policy loss", (loss.total / mask.sum()).item(), "clipped tokens", int(loss.clipped))
 print("value loss ", (algo.value_loss(values, returns, mask) / mask.sum()).item())
-print("KL k1, k3  ", *(algo.masked_mean(algo.kl_estimate(logprobs, reference_logprobs, k), mask).item() for k in ("k1", "k3")))
+print(
+    "KL k1, k3  ",
+    *(algo.masked_mean(algo.kl_estimate(logprobs, reference_logprobs, k), mask).item() for k in ("k1", "k3")),
+)
 print("preference ", algo.preference_loss(torch.tensor([1.0]), torch.tensor([0.2])).item())

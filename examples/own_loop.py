@@ -20,12 +20,17 @@ STEPS, BUDGET = 15, 4096
 torch.manual_seed(0)
 random = torch.Generator().manual_seed(0)
 config = LlamaConfig(
-    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    eos_token_id=1,
 )
 
 # One frozen trunk: with its adapters off it is the reference.
 trunk = Trunk(LlamaForCausalLM(config).eval().requires_grad_(False))
-lora = AdapterSection(rank=8, alpha=16.0)
+lora = AdapterSection(rank=8, alpha=16)
 policy_parameters, value_parameters = (trunk.add_adapter(name, lora) for name in ("policy", "value"))
 policy, reference = CausalPolicy(trunk, FULL_DISTRIBUTION, "policy"), CausalPolicy(trunk, FULL_DISTRIBUTION)
 value = ScalarModel(trunk, zero_head(64, torch.device("cpu")).requires_grad_(), "value")
@@ -36,8 +41,20 @@ def engine(parameters, lr: float) -> LocalEngine:
 
 
 learners = (
-    PolicyLearner(policy, engine(policy_parameters, 1e-2), epochs=4, sequences_per_minibatch=64, clip_low=0.2, clip_high=0.2),
-    ValueLearner(value, engine([*value_parameters, *value.head.parameters()], 1e-2), epochs=4, sequences_per_minibatch=64),
+    PolicyLearner(
+        policy,
+        engine(policy_parameters, 1e-2),
+        epochs=4,
+        sequences_per_minibatch=64,
+        clip_low=0.2,
+        clip_high=0.2,
+    ),
+    ValueLearner(
+        value,
+        engine([*value_parameters, *value.head.parameters()], 1e-2),
+        epochs=4,
+        sequences_per_minibatch=64,
+    ),
 )
 generator = TorchGenerator(
     policy, lambda ids: " ".join(map(str, ids)), {1}, max_new_tokens=12, sequences_per_batch=64, random=random

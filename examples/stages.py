@@ -14,11 +14,15 @@ from tandem.stages.sft import run_sft
 folder = Path(tempfile.mkdtemp())
 
 # A model of bytes, so that the example needs no download.
-inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}, merges=[]))
+inner = Tokenizer(
+    models.BPE(vocab={c: i for i, c in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}, merges=[])
+)
 inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **shape)).save_pretrained(folder / "base")
+LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **shape)).save_pretrained(
+    folder / "base"
+)
 tokenizer.save_pretrained(folder / "base")
 
 rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(10) for b in range(10)]

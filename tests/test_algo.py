@@ -36,9 +36,7 @@ def test_clip_stops_the_right_gradients(advantage, ratio, gradient):
 
 
 def naive_gae(rewards, values, length, gamma, lam, final):
-    deltas = [
-        rewards[t] + gamma * (values[t + 1] if t + 1 < length else final) - values[t] for t in range(length)
-    ]
+    deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < length else final) - values[t] for t in range(length)]
     return [sum((gamma * lam) ** k * deltas[t + k] for k in range(length - t)) for t in range(length)]
 
 

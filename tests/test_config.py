@@ -15,7 +15,9 @@ SMALLEST = ["--policy.model", "m", "--data.prompts", "p.jsonl", "--rewards.0.mod
 
 
 def test_overrides_are_typed_and_reach_every_depth():
-    config = load_config(PpoConfig, None, [*SMALLEST, "--policy.lr", "1e-6", "--rewards.1.function=f.py:g", "--steps=7"])
+    config = load_config(
+        PpoConfig, None, [*SMALLEST, "--policy.lr", "1e-6", "--rewards.1.function=f.py:g", "--steps=7"]
+    )
     assert config.policy.lr == 1e-6
     assert config.steps == 7
     assert config.rewards[1].function == "f.py:g"
@@ -63,7 +65,10 @@ def test_resolved_configuration_reads_back_the_same():
         (["--rewards.5.model", "x"], ["must be an index from 0 to 1"]),
         (["--rollout.top_p", "1.5"], ["rollout.top_p = 1.5", "less than or equal to 1"]),
         (["--policy.betas", "[0.9]"], ["policy.betas", "at least 2"]),
-        (["--advantage.at_limit=bootstrap", "--score.missing_eos_penalty=1"], ["missing_eos_penalty has no effect"]),
+        (
+            ["--advantage.at_limit=bootstrap", "--score.missing_eos_penalty=1"],
+            ["missing_eos_penalty has no effect"],
+        ),
     ],
 )
 def test_what_is_refused_is_named(words, said):

@@ -8,10 +8,10 @@ from itertools import islice
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import make_tokenizer
 from tandem.config import RowsSection
 from tandem.data.examples import read_examples, read_pairs
 from tandem.data.prompts import PromptLimits, prompt_batches, read_prompts

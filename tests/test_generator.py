@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
 
+from conftest import ARCHITECTURES
 from tandem.config import AdapterSection
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy, SamplingRule
 from tandem.models.loading import load_causal

@@ -30,12 +30,10 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         modules = []
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tandem":
-            modules = (
-                [node.module] if node.module != "tandem" else [f"tandem.{alias.name}" for alias in node.names]
-            )
+            modules = [node.module] if node.module != "tandem" else [f"tandem.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names if alias.name.split(".")[0] == "tandem"]
-        rooms |= {(module.split(".") + ["__init__"])[1] for module in modules}
+        rooms |= {[*module.split("."), "__init__"][1] for module in modules}
     return rooms
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from conftest import ARCHITECTURES
 from tandem.config import AdapterSection
 from tandem.errors import InputError
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy, SamplingRule
@@ -19,7 +19,7 @@ from tandem.models.trunk import Trunk
 from tandem.types import pad_tokens, split_by_tokens, whole_texts
 
 CPU = torch.device("cpu")
-LORA = AdapterSection(rank=4, alpha=8.0, upper_layers=2)
+LORA = AdapterSection(rank=4, alpha=8, upper_layers=2)
 
 
 def load(path, dtype=torch.float32):
@@ -43,7 +43,9 @@ def test_logprobs_are_the_models_own(tiny, architecture):
     model = load(tiny(architecture))
     tokens = some_tokens()
     found = CausalPolicy(Trunk(model), FULL_DISTRIBUTION).logprobs(tokens)
-    for row, (prompt, response) in enumerate(zip([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], [1]], strict=True)):
+    for row, (prompt, response) in enumerate(
+        zip([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], [1]], strict=True)
+    ):
         ids = torch.tensor([prompt + response])
         logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
         expected = [logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
@@ -63,14 +65,19 @@ def test_shared_lower_trunk_changes_nothing(tiny, architecture):
     shared = trunk.prepare(plain, 6)
     assert shared.activations is not None
     for adapter in (None, "policy", "value", "reward"):
-        assert torch.allclose(trunk.hidden(shared, adapter), trunk.hidden(plain, adapter), atol=1e-5)
+        gap = (trunk.hidden(shared, adapter) - trunk.hidden(plain, adapter)).abs().amax(-1)
+        exists = torch.arange(plain.ids.shape[1])[None] < plain.lengths[:, None]
+        assert gap[exists].max() < 1e-4
 
 
 def test_reference_is_the_trunk_with_adapters_off(tiny):
     before = CausalPolicy(Trunk(load(tiny())), FULL_DISTRIBUTION).logprobs(some_tokens())
     trunk = Trunk(load(tiny()))
     trunk.add_adapter("policy", LORA)
-    policy, reference = CausalPolicy(trunk, FULL_DISTRIBUTION, "policy"), CausalPolicy(trunk, FULL_DISTRIBUTION)
+    policy, reference = (
+        CausalPolicy(trunk, FULL_DISTRIBUTION, "policy"),
+        CausalPolicy(trunk, FULL_DISTRIBUTION),
+    )
     assert torch.equal(policy.logprobs(some_tokens()), before)
     stir(trunk, "policy")
     assert torch.equal(reference.logprobs(some_tokens()), before)

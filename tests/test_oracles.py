@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from table import (
     PROMPT,
     TablePolicy,
@@ -18,11 +19,17 @@ from table import (
     score_rollouts,
     sequence_logprobs,
 )
-
 from tandem import algo
 from tandem.config import AdvantageSection, OptimizerSection
 from tandem.engine.local import LocalEngine, ParameterGroup
-from tandem.stages.joint import PolicyLearner, ValueLearner, estimate_advantages, evaluate, update, update_policy
+from tandem.stages.joint import (
+    PolicyLearner,
+    ValueLearner,
+    estimate_advantages,
+    evaluate,
+    update,
+    update_policy,
+)
 from tandem.types import Batch, Rollout, Scores
 
 BUDGET = 10**9
@@ -152,7 +159,8 @@ def test_joint_training_reaches_the_optimum(task, seed):
     occupancy = sequence_logprobs(policy.tables()).exp()
     rows = prefixes(all_sequences(task), task.vocabulary)
     errors = torch.stack(
-        [(value.values_by_step[t][rows[:, t]] - values[t][rows[:, t]]).square() for t in range(task.horizon)], 1
+        [(value.values_by_step[t][rows[:, t]] - values[t][rows[:, t]]).square() for t in range(task.horizon)],
+        1,
     )
     assert (occupancy[:, None] * errors).sum(0).mean().sqrt() < 0.03
 

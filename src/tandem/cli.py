@@ -144,10 +144,18 @@ def _result(summary: dict[str, Any]) -> str:
 
 
 def _add_generate(commands: Any) -> None:
-    command = commands.add_parser("generate", help="Try a model", description="Answers of a model to prompts.", allow_abbrev=False)
+    command = commands.add_parser(
+        "generate", help="Try a model", description="Answers of a model to prompts.", allow_abbrev=False
+    )
     command.add_argument("model", help="directory or hub id of a causal language model")
-    command.add_argument("--prompt", action="append", help="a prompt; may be given several times (else one a line from standard input)")
-    command.add_argument("--chat", action="store_true", help="put each prompt through the chat template as a user's turn")
+    command.add_argument(
+        "--prompt",
+        action="append",
+        help="a prompt; may be given several times (else one a line from standard input)",
+    )
+    command.add_argument(
+        "--chat", action="store_true", help="put each prompt through the chat template as a user's turn"
+    )
     command.add_argument("--max-new-tokens", type=_at_least_one, default=64)
     command.add_argument("--temperature", type=_above_zero, default=1.0)
     command.add_argument("--top-k", type=_at_least_one, default=None, help="1 takes the likeliest token every time")
@@ -182,7 +190,9 @@ def _add_demo(commands: Any) -> None:
         "its own samples, a reward model from those, then the joint stage under that reward model.",
         allow_abbrev=False,
     )
-    command.add_argument("--model", help="directory or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
+    command.add_argument(
+        "--model", help="directory or hub id of a causal language model (default: SmolLM2-135M-Instruct)"
+    )
     command.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--quick", action="store_true", help="a few steps only, to see that it runs")
@@ -193,9 +203,7 @@ def _run_demo(known: argparse.Namespace, rest: Sequence[str]) -> int:
     _refuse_rest(rest)
     from tandem.demo.story import run_demo
 
-    summary = _with_progress(
-        lambda progress: run_demo(known.model, known.run_dir, known.seed, known.quick, progress)
-    )
+    summary = _with_progress(lambda progress: run_demo(known.model, known.run_dir, known.seed, known.quick, progress))
     return INTERRUPTED if summary["interrupted"] else DONE
 
 
@@ -219,7 +227,12 @@ def _at_least_one(text: str) -> int:
 
 
 def _above_zero(text: str) -> float:
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0 (for the likeliest token: --top-k 1)")
+    return _number(
+        text,
+        float,
+        lambda value: 0 < value < float("inf"),
+        "a number above 0 (for the likeliest token: --top-k 1)",
+    )
 
 
 def _share(text: str) -> float:

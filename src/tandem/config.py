@@ -68,7 +68,7 @@ class AdapterSection(Section):
     """LoRA (Hu et al. 2021)."""
 
     rank: Count = Field(16, description="rank of each adapter")
-    alpha: Positive = Field(32.0, description="scale: the adapter's output is multiplied by alpha / rank")
+    alpha: Count = Field(32, description="scale: the adapter's output is multiplied by alpha / rank")
     upper_layers: Count | None = Field(
         None,
         description="adapt only this many layers, counted from the top (all if unset). What lies below is "
@@ -86,7 +86,8 @@ class RowsSection(Section):
     columns: dict[str, str] = Field({}, description="standard name -> name in the data, for other conventions")
     max_tokens: Count = Field(1024, description="longest sequence, prompt and answer together")
     too_long: Literal["refuse", "truncate", "drop"] = Field(
-        "refuse", description="what to do with a longer row; truncated and dropped rows are counted and reported"
+        "refuse",
+        description="what to do with a longer row; truncated and dropped rows are counted and reported",
     )
 
 
@@ -195,7 +196,8 @@ class ValueSection(OptimizerSection):
     """The value model's side of the joint update."""
 
     start: Literal["reward", "policy"] = Field(
-        "reward", description="start from the reward model (verified), or from the policy's trunk and a zero head"
+        "reward",
+        description="start from the reward model (verified), or from the policy's trunk and a zero head",
     )
     epochs: Count = Field(1, description="passes over a step's rollouts")
     sequences_per_minibatch: Count = Field(32, description="sequences in one optimiser step")

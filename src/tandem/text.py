@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -24,9 +24,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], repl
             "(lists of role and content); give plain text, or a model with a chat template."
         )
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply_follows
-        )
+        turns = [dict(message) for message in messages]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply_follows))
     except Exception as error:
         raise InputError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a conversation: {error}; it begins "
@@ -64,9 +63,7 @@ def taught_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str) ->
     return before + after, [False] * len(before) + [True] * len(after)
 
 
-def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], list[bool]]:
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Ids of a conversation, and which of them are the assistant's to say.
 
     Raises InputError where the template rewrites earlier turns, so that turns cannot be told apart.
@@ -103,3 +100,8 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """From ids to text without special tokens."""
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))

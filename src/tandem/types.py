@@ -115,8 +115,13 @@ class Tokens:
         )
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v if v is None else v.to(device) for k, v in moved.items()})
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            prompt_lengths=self.prompt_lengths.to(device),
+            response_lengths=self.response_lengths.to(device),
+            activations=None if self.activations is None else self.activations.to(device),
+        )
 
 
 def pad_tokens(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tokens:

@@ -6,8 +6,15 @@ over tokens; divide by the count over the whole minibatch, so that gradients kno
 
 from tandem.algo.advantages import explained_variance, gae, token_rewards, whiten
 from tandem.algo.kl import AdaptiveKl, kl_estimate
-from tandem.algo.losses import a2c_policy_loss, ppo_policy_loss, prefix_preference_loss, preference_loss, value_loss
+from tandem.algo.losses import (
+    a2c_policy_loss,
+    ppo_policy_loss,
+    preference_loss,
+    prefix_preference_loss,
+    value_loss,
+)
 from tandem.algo.masked import Sums, masked_mean, masked_sum
+from tandem.algo.projection import projected_logprobs
 from tandem.algo.sampling import sample, token_logprobs, truncate
 
 __all__ = [
@@ -22,6 +29,7 @@ __all__ = [
     "ppo_policy_loss",
     "preference_loss",
     "prefix_preference_loss",
+    "projected_logprobs",
     "sample",
     "token_logprobs",
     "token_rewards",

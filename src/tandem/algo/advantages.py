@@ -25,7 +25,13 @@ def token_rewards(
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, final_values: Tensor | None = None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    final_values: Tensor | None = None,
 ) -> Tensor:
     """Generalised advantage estimation, [B, T] -> [B, T], zero where masked.
 

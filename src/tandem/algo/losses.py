@@ -22,7 +22,13 @@ class PolicyLoss:
 
 
 def ppo_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
 ) -> PolicyLoss:
     """-sum min(u A, clip(u, 1 - clip_low, 1 + clip_high) A), u = pi / pi_old.
 

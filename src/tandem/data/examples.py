@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -68,7 +68,9 @@ def read_examples(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: i
     return _split(read, data, seed, counts)
 
 
-def _split(read, data: RowsSection, seed: int, counts: dict[str, int]) -> SplitRows:  # type: ignore[no-untyped-def]
+def _split(
+    read: Callable[[str, str], list[Item]], data: RowsSection, seed: int, counts: dict[str, int]
+) -> SplitRows[Item]:
     train = read(data.train, "data.train")
     if data.eval is not None:
         return SplitRows(train, read(data.eval, "data.eval"), **counts)
@@ -76,7 +78,7 @@ def _split(read, data: RowsSection, seed: int, counts: dict[str, int]) -> SplitR
     return SplitRows(train, heldout, **counts)
 
 
-def _not_empty(items: list, source: str, key: str) -> list:  # type: ignore[type-arg]
+def _not_empty(items: list[Item], source: str, key: str) -> list[Item]:
     if not items:
         raise InputError(f"{key} = {source!r}: every row is longer than data.max_tokens.")
     return items
@@ -121,7 +123,8 @@ def _fit_example(row: Row, example: Example, data: RowsSection, counts: dict[str
         if not any(cut.taught):
             raise row.refuse(f"cut to data.max_tokens = {data.max_tokens} it has nothing left to learn; raise it.")
         return cut
-    return _drop_or_refuse(row, length, data, counts)
+    _drop_or_refuse(row, length, data, counts)
+    return None
 
 
 def _drop_or_refuse(row: Row, length: int, data: RowsSection, counts: dict[str, int]) -> None:
@@ -208,7 +211,8 @@ def _fit_pair(row: Row, pair: Pair, data: RowsSection, counts: dict[str, int]) -
     if data.too_long == "truncate":
         counts["truncated"] += 1
         return Pair(pair.prompt, _cut(pair.chosen, data.max_tokens), _cut(pair.rejected, data.max_tokens))
-    return _drop_or_refuse(row, longest, data, counts)
+    _drop_or_refuse(row, longest, data, counts)
+    return None
 
 
 def _cut(answered: Answered, limit: int) -> Answered:

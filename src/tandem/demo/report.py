@@ -33,7 +33,10 @@ def summarise(
         "device": joint["device"],
         "threads": joint["threads"],
         "versions": joint["versions"],
-        "reward_model": {"heldout_accuracy": reward["heldout_accuracy"], "heldout_pairs": reward["heldout_pairs"]},
+        "reward_model": {
+            "heldout_accuracy": reward["heldout_accuracy"],
+            "heldout_pairs": reward["heldout_pairs"],
+        },
         "gold": change(GOLD),
         "reward": change(MODEL),
         "kl": change("objective/kl"),

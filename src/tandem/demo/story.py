@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,25 +28,26 @@ from tandem.rollout import TorchGenerator
 from tandem.run import Progress
 from tandem.stages.ppo import run_ppo
 from tandem.stages.reward import run_reward
+from tandem.text import decoder
 from tandem.types import Rollout
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything; `overrides` go to the joint stage's recipe."""
+    """How much of everything; `joint_settings` override the joint stage's recipe."""
 
     train_openings: int
     heldout_openings: int
     samples_per_opening: int
-    overrides: tuple[str, ...]
+    joint_settings: Mapping[str, Any]
 
 
-FULL = Scale(train_openings=200, heldout_openings=40, samples_per_opening=4, overrides=())
+FULL = Scale(train_openings=200, heldout_openings=40, samples_per_opening=4, joint_settings={})
 QUICK = Scale(
     train_openings=8,
     heldout_openings=4,
     samples_per_opening=4,
-    overrides=("--steps=2", "--rollout.prompts_per_step=8", "--eval_responses_per_prompt=1"),
+    joint_settings={"steps": 2, "rollout.prompts_per_step": 8, "eval_responses_per_prompt": 1},
 )
 RESPONSE_TOKENS = 24
 CLEAR = 0.3
@@ -68,31 +69,34 @@ def run_demo(model: str | None, run_dir: Path, seed: int, quick: bool, progress:
     mark = len(training) * scale.samples_per_opening
     write_rows(run_dir / "data" / "pairs.jsonl", preferences(rollouts[:mark]))
     write_rows(run_dir / "data" / "heldout_pairs.jsonl", preferences(rollouts[mark:]))
-    common = [f"--run.seed={seed}"]
-    reward = run_reward(
-        load_config(
-            RewardConfig,
-            recipe("reward.toml"),
-            [f"--model={source}", f"--data.train={run_dir}/data/pairs.jsonl", *common]
-            + [f"--data.eval={run_dir}/data/heldout_pairs.jsonl", f"--run.directory={run_dir}/reward"],
-        ),
-        progress,
-    )
-    joint = run_ppo(
-        load_config(
-            PpoConfig,
-            recipe("ppo.toml"),
-            [f"--policy.model={source}", f"--rewards.0.model={run_dir}/reward/model", *common]
-            + [f"--data.prompts={run_dir}/data/openings.jsonl", f"--run.directory={run_dir}/ppo"]
-            + [f"--data.eval_prompts={run_dir}/data/heldout_openings.jsonl", *scale.overrides],
-        ),
-        progress,
-    )
+    reward_settings = {
+        "model": source,
+        "data.train": f"{run_dir}/data/pairs.jsonl",
+        "data.eval": f"{run_dir}/data/heldout_pairs.jsonl",
+        "run.directory": f"{run_dir}/reward",
+        "run.seed": seed,
+    }
+    joint_settings = {
+        "policy.model": source,
+        "rewards.0.model": f"{run_dir}/reward/model",
+        "data.prompts": f"{run_dir}/data/openings.jsonl",
+        "data.eval_prompts": f"{run_dir}/data/heldout_openings.jsonl",
+        "run.directory": f"{run_dir}/ppo",
+        "run.seed": seed,
+        **scale.joint_settings,
+    }
+    reward = run_reward(load_config(RewardConfig, recipe("reward.toml"), as_words(reward_settings)), progress)
+    joint = run_ppo(load_config(PpoConfig, recipe("ppo.toml"), as_words(joint_settings)), progress)
     summary = summarise(run_dir, source, seed, time.monotonic() - started, reward, joint)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     save_plot(run_dir)
     print_report(summary, run_dir, progress)
     return summary
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the command line gives them."""
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def recipe(name: str) -> Path:
@@ -122,9 +126,7 @@ def split_openings(scale: Scale, seed: int) -> tuple[list[str], list[str]]:
     return training, lines[len(training) : len(training) + scale.heldout_openings]
 
 
-def sample_openings(
-    source: str, openings: Sequence[str], scale: Scale, seed: int, progress: Progress
-) -> list[Rollout]:
+def sample_openings(source: str, openings: Sequence[str], scale: Scale, seed: int, progress: Progress) -> list[Rollout]:
     """Several continuations of each opening by the model as it is, side by side."""
     device = pick_device("auto")
     tokenizer = load_tokenizer(source, "--model")
@@ -133,7 +135,7 @@ def sample_openings(
     policy = CausalPolicy(Trunk(model), FULL_DISTRIBUTION)
     generator = TorchGenerator(
         policy,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        decoder(tokenizer),
         policy.stop_ids(tokenizer),
         max_new_tokens=RESPONSE_TOKENS,
         sequences_per_batch=192,

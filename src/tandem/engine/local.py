@@ -33,7 +33,10 @@ class LocalEngine:
         masters = iter(master for _, master in self._pairs)
         options = [{"params": [next(masters) for _ in group.parameters], "lr": group.lr} for group in groups]
         self._optimizer = torch.optim.AdamW(
-            options, betas=(settings.betas[0], settings.betas[1]), weight_decay=settings.weight_decay, fused=True
+            options,
+            betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda update: schedule_factor(update, updates, settings)

@@ -40,7 +40,10 @@ class RewardCard:
 
     def near_chance(self) -> bool:
         """Whether the accuracy is less than two standard errors above a coin's."""
-        return self.heldout_accuracy is not None and self.heldout_accuracy < 0.5 + 2 * (0.25 / max(1, self.heldout_pairs)) ** 0.5
+        return (
+            self.heldout_accuracy is not None
+            and self.heldout_accuracy < 0.5 + 2 * (0.25 / max(1, self.heldout_pairs)) ** 0.5
+        )
 
 
 def make_probes(scorer: Scorer, texts: Sequence[Sequence[int]]) -> list[Probe]:

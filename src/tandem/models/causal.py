@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.algo import token_logprobs, truncate
+from tandem.algo import projected_logprobs, truncate
 from tandem.errors import InputError
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
@@ -64,20 +63,17 @@ class CausalPolicy:
         rows = torch.arange(len(tokens), device=mask.device)[:, None].expand_as(mask)[mask]
         states = hidden[rows, tokens.response_positions[mask] - 1]
         targets = tokens.response_ids[mask]
-        size = max(1, _LOGITS_PER_CHUNK // self._head.weight.shape[0])
-        parts = [
-            checkpoint(self._token_logprobs, *chunk, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else self._token_logprobs(*chunk)
-            for chunk in zip(states.split(size), targets.split(size), strict=True)
-        ]
-        out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        return out.masked_scatter(mask, torch.cat(parts))
+        rows_per_chunk = max(1, _LOGITS_PER_CHUNK // self._head.weight.shape[0])
+        found = projected_logprobs(states, targets, self._scoring_logits, rows_per_chunk)
+        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, found)
 
-    def _token_logprobs(self, states: Tensor, targets: Tensor) -> Tensor:
-        """states [N, H], targets [N] -> [N]."""
-        logits = self.logits(states) / self.rule.temperature
-        return token_logprobs(truncate(logits, self.rule.top_k, self.rule.top_p, keep=targets), targets)
+    def _scoring_logits(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Logits of the policy's distribution, in which the targets always stay: [N, H], [N] -> [N, V]."""
+        return truncate(self._scaled_logits(states), self.rule.top_k, self.rule.top_p, keep=targets)
+
+    def _scaled_logits(self, states: Tensor) -> Tensor:
+        logits = self.logits(states)
+        return logits if self.rule.temperature == 1.0 else logits / self.rule.temperature
 
     def logits(self, states: Tensor) -> Tensor:
         """The model's own logits [N, V] for hidden states [N, H]."""
@@ -114,7 +110,7 @@ class CausalPolicy:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
-        return truncate(self.logits(hidden) / self.rule.temperature, self.rule.top_k, self.rule.top_p)
+        return truncate(self._scaled_logits(hidden), self.rule.top_k, self.rule.top_p)
 
 
 @torch.no_grad()

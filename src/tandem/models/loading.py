@@ -121,7 +121,8 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int | None:
     """An id for padding that the model can embed: the tokenizer's own, else its EOS, else none."""
-    known = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and token < known:
             return token

@@ -69,7 +69,7 @@ def _save_adapter(trunk: Trunk, adapter: str, task: str, extra: dict[str, Tensor
     if extra:
         config.modules_to_save = ["score"]
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (state | extra).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
 
@@ -96,5 +96,3 @@ def load_adapter(trunk: Trunk, name: str, settings: AdapterSection, folder: Path
     head = nn.Linear(weight.shape[1], 1, bias=False, device=trunk.device)
     head.load_state_dict({"weight": weight.float()})
     return head.requires_grad_(False)
-
-

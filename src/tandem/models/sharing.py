@@ -123,7 +123,7 @@ def _start_value_from_adapter(source: str, reward: RewardModel, trunk: Trunk, he
     if not isinstance(scorer, DecoderScorer) or scorer.model.trunk is not trunk or reward.card is None:
         raise InputError(
             f'value.start = "reward" with sharing.mode = "adapters" needs a reward model that is an adapter of '
-            f'policy.model, and {source!r} is none; train it with `tandem reward` and an [adapters] section, or '
+            f"policy.model, and {source!r} is none; train it with `tandem reward` and an [adapters] section, or "
             f'set value.start = "policy" or sharing.mode = "separate".'
         )
     assert reward.card.adapter is not None

@@ -38,7 +38,7 @@ class Trunk:
         self._first_layers: dict[str, int] = {}
         self._cut = 0
         self._linear_names = self._linear_layers()
-        self._lora_layers: list[LoraLayer] = []
+        self._lora_layers: list[Any] = []
         self._lora_configs: dict[str, LoraConfig] = {}
 
     @property
@@ -175,10 +175,10 @@ class Trunk:
             if ".lora_" not in name
         }
         if adapter is not None:
-            for name, module in self.model.named_modules():
-                if isinstance(module, LoraLayer) and adapter in module.lora_A:
-                    weight = f"{name}.weight"
-                    delta = module.get_delta_weight(adapter)
+            names = {id(module): name for name, module in self.model.named_modules()}
+            for layer in self._lora_layers:
+                if adapter in layer.lora_A:
+                    weight, delta = f"{names[id(layer)]}.weight", layer.get_delta_weight(adapter)
                     state[weight] = (state[weight].float() + delta.float()).to(state[weight].dtype)
         return state
 
@@ -218,4 +218,3 @@ def _blocks_of(decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return name, child
     raise InputError(f"{type(decoder).__name__} keeps its layers in a way that Tandem does not know.")
-

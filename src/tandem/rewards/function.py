@@ -78,7 +78,9 @@ class FunctionReward:
         except (TypeError, ValueError) as error:
             raise InputError(f"reward function {self.name!r} must return numbers, one a response: {error}.") from error
         if len(scores) != len(rollouts):
-            raise InputError(f"reward function {self.name!r} returned {len(scores)} scores for {len(rollouts)} responses.")
+            raise InputError(
+                f"reward function {self.name!r} returned {len(scores)} scores for {len(rollouts)} responses."
+            )
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
             raise InputError(

@@ -14,7 +14,7 @@ from tandem.models.causal import CausalPolicy, SamplingRule
 from tandem.models.loading import context_length, load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
-from tandem.text import Text
+from tandem.text import Text, decoder
 from tandem.types import Rollout
 
 
@@ -42,9 +42,7 @@ def run_generate(settings: GenerateSettings, prompts: Sequence[str]) -> list[Rol
     device = pick_device(settings.device)
     tokenizer = load_tokenizer(settings.model, "model")
     texts: list[Text] = [[{"role": "user", "content": text}] if settings.chat else text for text in prompts]
-    ready = [
-        make_prompt(text, tokenizer, Row({}, f"prompt {number}")) for number, text in enumerate(texts, start=1)
-    ]
+    ready = [make_prompt(text, tokenizer, Row({}, f"prompt {number}")) for number, text in enumerate(texts, start=1)]
     model = load_causal(settings.model, "model", pick_dtype(settings.precision, device), device)
     limit, longest = context_length(model), max(len(prompt.ids) for prompt in ready)
     if limit is not None and longest + settings.max_new_tokens > limit:
@@ -55,7 +53,7 @@ def run_generate(settings: GenerateSettings, prompts: Sequence[str]) -> list[Rol
     policy = CausalPolicy(Trunk(model), SamplingRule(settings.temperature, settings.top_k, settings.top_p))
     generator = TorchGenerator(
         policy,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        decoder(tokenizer),
         policy.stop_ids(tokenizer),
         max_new_tokens=settings.max_new_tokens,
         sequences_per_batch=64,

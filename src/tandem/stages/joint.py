@@ -122,9 +122,7 @@ def estimate_advantages(trajectories: Trajectories, settings: AdvantageSection, 
         scores = torch.where(trajectories.ended, scores, torch.zeros_like(scores))
         final_values = torch.where(trajectories.ended, final_values, trajectories.final_values)
     mask, values = trajectories.mask, trajectories.values
-    rewards = algo.token_rewards(
-        scores, trajectories.logprobs, trajectories.reference_logprobs, mask, kl_coefficient
-    )
+    rewards = algo.token_rewards(scores, trajectories.logprobs, trajectories.reference_logprobs, mask, kl_coefficient)
 
     def advantages(lam: float) -> Tensor:
         return algo.gae(rewards, values, mask, gamma=settings.gamma, lam=lam, final_values=final_values)

@@ -38,6 +38,7 @@ from tandem.stages.joint import (
     measure,
     update,
 )
+from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories, pad_tokens
 
 
@@ -66,16 +67,16 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
                 batch = estimate_advantages(trajectories, config.advantage, kl.coefficient)
                 metrics = measure(trajectories, batch, scores, kl.coefficient)
             with clock("update"):
-                metrics |= update(
-                    stage.policy, stage.value, batch, config.compute.tokens_per_microbatch, stage.random
-                )
+                metrics |= update(stage.policy, stage.value, batch, config.compute.tokens_per_microbatch, stage.random)
             metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
             kl = kl.after(metrics["objective/kl"], len(rollouts))
             if step % config.save_rollouts_every == 0:
                 chosen = slice(0, config.rollouts_to_save)
                 folder.save_rollouts(f"step_{step:06d}", records(rollouts, trajectories, batch, scores, stage)[chosen])
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                metrics |= {f"heldout/{k}": v for k, v in evaluate_heldout(stage, config, folder, f"{step:06d}").items()}
+                metrics |= {
+                    f"heldout/{k}": v for k, v in evaluate_heldout(stage, config, folder, f"{step:06d}").items()
+                }
             folder.log(step, metrics)
             shown.advance(headline(metrics))
             steps_done = step
@@ -94,7 +95,9 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
         **machine_record(stage.placement.device),
         "last_step": metrics,
         "heldout": {"before": heldout_before, "after": heldout_after},
-        "reward_models": {name: model.card and model.card.heldout_accuracy for name, model in stage.reward_models.items()},
+        "reward_models": {
+            name: model.card and model.card.heldout_accuracy for name, model in stage.reward_models.items()
+        },
     }
     folder.write_summary(summary)
     folder.close()
@@ -175,13 +178,18 @@ def read_all_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and held-out ones."""
     found: list[list[Prompt]] = []
-    for source, key in ((config.data.prompts, "data.prompts"), (config.data.eval_prompts, "data.eval_prompts")):
+    for source, key in (
+        (config.data.prompts, "data.prompts"),
+        (config.data.eval_prompts, "data.eval_prompts"),
+    ):
         if source is None:
             found.append([])
             continue
         prompts, dropped = read_prompts(source, key, config.data.split, config.data.columns, tokenizer, limits)
         if dropped:
-            progress.say(f"{key}: {dropped} prompts were dropped for being longer than {limits.max_prompt_tokens} tokens.")
+            progress.say(
+                f"{key}: {dropped} prompts were dropped for being longer than {limits.max_prompt_tokens} tokens."
+            )
         found.append(prompts)
     return found[0], found[1]
 
@@ -223,7 +231,10 @@ def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, Val
     policy, value = config.policy, config.value
     policy_groups = [ParameterGroup(models.policy_parameters, policy.lr)]
     head = list(models.value.head.parameters())
-    value_groups = [ParameterGroup(models.value_parameters, value.lr), ParameterGroup(head, value.head_lr or value.lr)]
+    value_groups = [
+        ParameterGroup(models.value_parameters, value.lr),
+        ParameterGroup(head, value.head_lr or value.lr),
+    ]
     return (
         PolicyLearner(
             model=models.policy,
@@ -247,7 +258,7 @@ def make_generator(
 ) -> TorchGenerator:
     return TorchGenerator(
         policy,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        decoder(tokenizer),
         policy.stop_ids(tokenizer),
         max_new_tokens=config.rollout.max_new_tokens,
         sequences_per_batch=config.rollout.sequences_per_batch,
@@ -273,7 +284,10 @@ def check_sampler(stage: JointStage, config: PpoConfig) -> None:
         policy, budget = stage.models.policy, config.compute.tokens_per_microbatch
         trained = in_parts(policy.logprobs, policy.prepare(tokens, budget), budget)
     gaps = torch.cat(
-        [(trained[row, : len(rollout.ids)].cpu() - torch.tensor(rollout.logprobs)).abs() for row, rollout in enumerate(rollouts)]
+        [
+            (trained[row, : len(rollout.ids)].cpu() - torch.tensor(rollout.logprobs)).abs()
+            for row, rollout in enumerate(rollouts)
+        ]
     )
     exact = stage.placement.dtype == torch.float32
     gap, tolerance = (float(gaps.max()), 1e-4) if exact else (float(gaps.mean()), 0.1)

@@ -22,7 +22,6 @@ from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_scalar
 from tandem.models.scalar import ScalarModel, load_body
 from tandem.models.scoring import DecoderScorer
-from tandem.models.trunk import Trunk
 from tandem.run import Progress, RunFolder
 from tandem.run.interrupt import Interrupt
 from tandem.run.machine import machine_record
@@ -49,19 +48,21 @@ def run_reward(config: RewardConfig, progress: Progress) -> dict[str, Any]:
     steps = math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch)
     engine = learner.engine(config, steps)
     random = torch.Generator().manual_seed(config.run.seed)
+    heldout: dict[str, float] = {}
     order = endless_order(by_prompt(rows.train), random)
     with Interrupt() as interrupt, progress.stage("reward model", steps) as shown:
         for step in range(1, steps + 1):
             pairs = [next(order) for _ in range(config.pairs_per_minibatch)]
             metrics = {"train/lr": engine.lr, **train_on(learner, pairs, engine, config)}
-            if rows.heldout and (step % config.eval_every == 0 or step == steps):
-                metrics |= measure_heldout(learner, rows.heldout, budget)
+            last = step == steps or interrupt.requested
+            if rows.heldout and (step % config.eval_every == 0 or last):
+                heldout = measure_heldout(learner, rows.heldout, budget)
+                metrics |= heldout
             folder.log(step, metrics)
             shown.advance({name.rpartition("/")[2]: metrics[name] for name in ("train/loss", "train/accuracy")})
-            if interrupt.requested:
+            if last and step < steps:
                 progress.warn(f"interrupted; the model is saved as it is after step {step}.")
                 break
-    heldout = measure_heldout(learner, rows.heldout, budget) if rows.heldout else {}
     with progress.console.status("saving the model"):
         save(learner, config, tokenizer, rows.heldout or rows.train, heldout, folder.model, budget)
     summary = {
@@ -119,7 +120,9 @@ class PairScores:
     mask: Tensor
 
 
-def train_on(learner: RewardLearner, pairs: Sequence[Pair], engine: LocalEngine, config: RewardConfig) -> dict[str, float]:
+def train_on(
+    learner: RewardLearner, pairs: Sequence[Pair], engine: LocalEngine, config: RewardConfig
+) -> dict[str, float]:
     """One optimiser step on a minibatch of pairs."""
     sums = algo.Sums()
     for scores in scored_parts(learner.model, pairs, config.compute.tokens_per_microbatch):

@@ -51,16 +51,18 @@ def run_sft(config: SftConfig, progress: Progress) -> dict[str, Any]:
     steps = math.ceil(config.epochs * len(rows.train) / config.sequences_per_minibatch)
     engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer, steps)
     order = endless_order([[example] for example in rows.train], torch.Generator().manual_seed(config.run.seed))
-    before = measure_heldout(model, rows.heldout, budget)
+    before = after = measure_heldout(model, rows.heldout, budget)
     with Interrupt() as interrupt, progress.stage("SFT", steps) as shown:
         for step in range(1, steps + 1):
             examples = [next(order) for _ in range(config.sequences_per_minibatch)]
             metrics = {"train/lr": engine.lr, **train_on(model, examples, engine, budget)}
-            if step % config.eval_every == 0 or step == steps:
-                metrics |= measure_heldout(model, rows.heldout, budget)
+            last = step == steps or interrupt.requested
+            if step % config.eval_every == 0 or last:
+                after = measure_heldout(model, rows.heldout, budget)
+                metrics |= after
             folder.log(step, metrics)
             shown.advance({"loss": metrics["train/loss"]})
-            if interrupt.requested:
+            if last and step < steps:
                 progress.warn(f"interrupted; the model is saved as it is after step {step}.")
                 break
     with progress.console.status("saving the model"):
@@ -73,7 +75,7 @@ def run_sft(config: SftConfig, progress: Progress) -> dict[str, Any]:
         "train_rows": len(rows.train),
         "seconds": time.monotonic() - started,
         **machine_record(device),
-        "heldout": {"rows": len(rows.heldout), "before": before, "after": measure_heldout(model, rows.heldout, budget)},
+        "heldout": {"rows": len(rows.heldout), "before": before, "after": after},
         "last_step": metrics,
     }
     folder.write_summary(summary)

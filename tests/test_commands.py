@@ -1,0 +1,359 @@
+"""Every command, end to end, on tiny models: what it leaves behind, what it says, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from conftest import make_tokenizer
+from tandem.cli import main
+from tandem.run.folder import read_metrics
+
+WORDS = ["good", "story", "film", "sea", "quiet", "slow"]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompt_file(tmp_path, count=6):
+    return write(tmp_path / "prompts.jsonl", [{"prompt": f"the {WORDS[n % 6]} is", "n": n} for n in range(count)])
+
+
+def pair_file(tmp_path, count=24):
+    rows = [
+        {"prompt": f"the {WORDS[n % 6]}", "chosen": " was good", "rejected": " was a bad one"} for n in range(count)
+    ]
+    return write(tmp_path / "pairs.jsonl", rows)
+
+
+def reward_file(tmp_path, body="return [float(len(r)) for r in responses]"):
+    path = tmp_path / "reward.py"
+    path.write_text(f"def reward(prompts, responses, rows):\n    {body}\n")
+    return f"{path}:reward"
+
+
+def ppo_words(tmp_path, model, *more):
+    return [
+        "ppo",
+        f"--policy.model={model}",
+        f"--data.prompts={prompt_file(tmp_path)}",
+        "--steps=2",
+        "--rollout.prompts_per_step=4",
+        "--rollout.max_new_tokens=5",
+        f"--run.directory={tmp_path / 'ppo'}",
+        *more,
+    ]
+
+
+def with_function(tmp_path, body="return [float(len(r)) for r in responses]"):
+    return [f"--rewards.0.function={reward_file(tmp_path, body)}", "--value.start=policy"]
+
+
+def refused(capsys, words) -> str:
+    """Run what must be refused: status 2 and one message."""
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("tandem: ")
+    assert "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1
+    return said
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny, tmp_path_factory):
+    """A reward model trained by the command as an adapter, for the joint stage."""
+    folder = tmp_path_factory.mktemp("reward")
+    words = [
+        "reward",
+        f"--model={tiny()}",
+        f"--data.train={pair_file(folder)}",
+        "--optimizer.lr=0.01",
+        "--epochs=4",
+    ]
+    assert main([*words, "--adapters.rank=4", "--every_token_weight=1.0", f"--run.directory={folder / 'run'}"]) == 0
+    return folder / "run" / "model"
+
+
+def test_sft_learns_and_saves(tiny, tmp_path):
+    source = write(tmp_path / "s.jsonl", [{"prompt": "the sea", "completion": " was quiet"}] * 30)
+    words = ["sft", f"--model={tiny()}", f"--data.train={source}", "--epochs=6", "--optimizer.lr=0.01"]
+    assert main([*words, "--sequences_per_minibatch=9", f"--run.directory={tmp_path / 'run'}"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["heldout"]["after"]["heldout/loss"] < 0.5 * summary["heldout"]["before"]["heldout/loss"]
+    metrics = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in metrics] == list(range(1, summary["steps"] + 1))
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    ids = torch.tensor([tokenizer("the sea").input_ids])
+    answer = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == " was quiet"
+
+
+def test_sft_by_adapters_on_conversations(tiny, tmp_path):
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a good story"}]
+    source = write(tmp_path / "s.jsonl", [{"messages": turns}] * 12)
+    words = [
+        "sft",
+        f"--model={tiny('qwen2')}",
+        f"--data.train={source}",
+        "--adapters.rank=4",
+        "--adapters.upper_layers=1",
+    ]
+    assert main([*words, f"--run.directory={tmp_path / 'run'}"]) == 0
+    assert (tmp_path / "run" / "model" / "adapter" / "adapter_config.json").exists()
+
+
+def test_reward_model_learns_and_carries_its_accuracy(reward_model):
+    card = json.loads((reward_model / "tandem.json").read_text())
+    assert card["heldout_accuracy"] == 1.0
+    assert card["heldout_pairs"] == 2
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    assert model.config.num_labels == 1
+    score = model(input_ids=torch.tensor([card["probes"][0]["ids"]])).logits[0, 0].item()
+    assert score == pytest.approx(card["probes"][0]["score"], abs=1e-3)
+
+
+def test_reward_stage_goes_on_from_a_reward_model(reward_model, tmp_path):
+    words = ["reward", f"--model={reward_model}", f"--data.train={pair_file(tmp_path)}"]
+    assert main([*words, f"--run.directory={tmp_path / 'run'}"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["heldout_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("mode", ["separate", "adapters"])
+def test_ppo_under_a_reward_model(tiny, reward_model, tmp_path, capsys, mode):
+    words = ppo_words(tmp_path, tiny(), f"--rewards.0.model={reward_model}", f"--sharing.mode={mode}")
+    words += [
+        f"--data.eval_prompts={prompt_file(tmp_path)}",
+        "--policy.epochs=2",
+        "--value.epochs=3",
+        "--eval_every=1",
+    ]
+    assert main(words) == 0
+    assert "accuracy 1.000 on 2 held-out pairs" in capsys.readouterr().out
+    run = tmp_path / "ppo"
+    metrics = read_metrics(run)
+    names = {"objective/kl", "objective/score", "objective/rlhf_reward", "policy/loss", "policy/clipfrac"}
+    names |= {"policy/approx_kl", "policy/entropy", "policy/ratio_max", "policy/grad_norm", "value/loss"}
+    names |= {"value/explained_variance", "value/grad_norm", "rollout/length", "rollout/eos_rate"}
+    names |= {
+        "rollout/logprob_mismatch",
+        "time/rollout",
+        "throughput/tokens_per_second",
+        "heldout/objective/score",
+    }
+    assert names <= metrics[0].keys()
+    assert abs(metrics[0]["objective/kl"]) < 1e-3
+    assert metrics[0]["rollout/logprob_mismatch"] < 1e-4
+    sample = json.loads((run / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
+    lengths = {
+        len(sample[key])
+        for key in ("ids", "tokens", "logprobs", "values", "advantages", "rewards", "reference_logprobs")
+    }
+    assert len(lengths) == 1
+    AutoModelForCausalLM.from_pretrained(run / "model")
+    assert AutoModelForSequenceClassification.from_pretrained(run / "value_model").config.num_labels == 1
+    assert (run / "model" / "adapter").exists() == (mode == "adapters")
+
+
+def test_ppo_learns_a_function(tiny, tmp_path):
+    words = ppo_words(tmp_path, tiny(), *with_function(tmp_path, "return [float('e' in r) for r in responses]"))
+    words += [
+        "--steps=12",
+        "--rollout.prompts_per_step=32",
+        "--policy.lr=0.003",
+        "--value.lr=0.003",
+        "--policy.epochs=2",
+    ]
+    assert main(words) == 0
+    metrics = read_metrics(tmp_path / "ppo")
+    assert metrics[-1]["objective/score"] > metrics[0]["objective/score"] + 0.2
+
+
+def test_ppo_is_the_same_twice(tiny, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in "ab":
+        assert main(ppo_words(tmp_path / name, tiny(), *with_function(tmp_path / name))) == 0
+    first, second = (read_metrics(tmp_path / name / "ppo") for name in "ab")
+    for one, other in zip(first, second, strict=True):
+        untimed = {name for name in one if not name.startswith(("time/", "throughput/"))}
+        assert {name: one[name] for name in untimed} == {name: other[name] for name in untimed}
+
+
+def test_encoder_with_its_own_tokenizer_as_reward_model(tiny, tmp_path):
+    tokenizer = make_tokenizer(chat=False, size=290)
+    tokenizer.pad_token = "</s>"
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    words = ppo_words(tmp_path, tiny("gpt2"), f"--rewards.0.model={tmp_path / 'rm'}")
+    assert main([*words, "--value.start=policy"]) == 0
+
+
+def test_ppo_on_conversations_with_weighted_rewards(tiny, reward_model, tmp_path):
+    prompts = write(tmp_path / "chat.jsonl", [{"prompt": [{"role": "user", "content": "the film?"}]}] * 4)
+    words = ppo_words(
+        tmp_path, tiny(), f"--rewards.0.model={reward_model}", f"--rewards.1.function={reward_file(tmp_path)}"
+    )
+    words += [
+        "--rewards.1.weight=0.0",
+        f"--data.prompts={prompts}",
+        "--score.missing_eos_penalty=1.0",
+        "--kl.target=3.0",
+    ]
+    assert main(words) == 0
+    last = read_metrics(tmp_path / "ppo")[-1]
+    assert {"objective/score/reward_model", "objective/score/reward"} <= last.keys()
+    assert last["objective/score"] <= last["objective/score/reward_model"] + 1e-5
+
+
+def test_ppo_in_bfloat16_with_a_truncated_distribution(tiny, tmp_path):
+    words = ppo_words(tmp_path, tiny(), *with_function(tmp_path), "--compute.precision=bfloat16", "--rollout.top_k=20")
+    assert main([*words, "--rollout.temperature=0.8", "--sharing.mode=adapters", "--adapters.upper_layers=1"]) == 0
+    assert read_metrics(tmp_path / "ppo")[0]["policy/ratio_max"] < 1.5
+
+
+def test_generate_answers_prompts(tiny, capsys):
+    assert main(["generate", str(tiny()), "--prompt", "the film", "--prompt", "a story", "--max-new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "> the film\n" in out
+    assert "> a story\n" in out
+    assert main(["generate", str(tiny()), "--prompt", "what?", "--chat", "--responses", "2", "--top-k", "1"]) == 0
+    answers = capsys.readouterr().out.strip().split("\n\n")
+    assert answers[0] == answers[1]
+
+
+def test_demo_on_a_tiny_model(tiny, tmp_path, capsys):
+    pytest.importorskip("vaderSentiment")
+    words = ["demo", "--quick", "--model", str(tiny()), "--run-dir", str(tmp_path / "demo"), "--seed", "3"]
+    assert main(words) == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["seed"] == 3
+    assert {"seconds", "peak_memory_gib", "explained_variance"} <= summary.keys()
+    assert set(summary["gold"]) == {"before", "after"}
+    assert len(summary["samples"]) == 4
+    assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
+    assert main(words) == 0
+    assert (tmp_path / "demo.1" / "summary.json").exists()
+    capsys.readouterr()
+
+
+def test_real_model_from_sft_to_ppo(stories, tmp_path):
+    rows = [
+        {"text": f"Once upon a time, there was a {word} dog. It was happy."} for word in ["big", "small", "red"] * 5
+    ]
+    words = [
+        "sft",
+        f"--model={stories}",
+        f"--data.train={write(tmp_path / 's.jsonl', rows)}",
+        "--optimizer.lr=1e-3",
+    ]
+    assert main([*words, f"--run.directory={tmp_path / 'sft'}", "--epochs=3", "--sequences_per_minibatch=5"]) == 0
+    words = ppo_words(tmp_path, tmp_path / "sft" / "model", *with_function(tmp_path))
+    assert main([*words, "--sharing.mode=adapters", "--adapters.upper_layers=2"]) == 0
+    assert read_metrics(tmp_path / "ppo")[0]["rollout/logprob_mismatch"] < 1e-4
+
+
+def test_bad_input_is_one_message(tiny, reward_model, tmp_path, capsys):
+    model = tiny()
+    assert "invalid choice" in refused(capsys, ["frobnicate"])
+    cases = {
+        "no such recipe": ["sft", str(tmp_path / "none.toml")],
+        "neither a recipe": ["sft", "nonsense"],
+        "there is no such folder": ppo_words(tmp_path, "./nowhere", *with_function(tmp_path)),
+        "no config.json": ppo_words(tmp_path, tmp_path, *with_function(tmp_path)),
+        "has no function": ppo_words(
+            tmp_path, model, "--value.start=policy", f"--rewards.0.function={tmp_path}/reward.py:nope"
+        ),
+        "No module named": ppo_words(tmp_path, model, "--value.start=policy", "--rewards.0.function=nowhere:nope"),
+        "returned 1 scores for": ppo_words(tmp_path, model, *with_function(tmp_path, "return [1.0]")),
+        "returned nan": ppo_words(tmp_path, model, *with_function(tmp_path, "return [float('nan')] * len(responses)")),
+        "must return numbers": ppo_words(tmp_path, model, *with_function(tmp_path, "return ['x'] * len(responses)")),
+        "raised ZeroDivisionError": ppo_words(tmp_path, model, *with_function(tmp_path, "return 1 / 0")),
+        "a reward model is a sequence classifier": ppo_words(tmp_path, model, f"--rewards.0.model={tiny('gpt2')}"),
+        "together more than the 256": ppo_words(
+            tmp_path, model, *with_function(tmp_path), "--rollout.max_new_tokens=255"
+        ),
+        "another tokenizer": ppo_words(tmp_path, tiny("qwen2"), f"--rewards.0.model={reward_model}"),
+        "upper_layers = 99": ppo_words(
+            tmp_path, model, *with_function(tmp_path), "--sharing.mode=adapters", "--adapters.upper_layers=99"
+        ),
+        "cuda": ppo_words(tmp_path, model, *with_function(tmp_path), "--compute.device=cuda:7"),
+        "no prompt": ["generate", str(model)],
+        "not a number above 0": ["generate", str(model), "--prompt", "x", "--temperature", "0"],
+        "holds something that is no earlier demo": [
+            "demo",
+            "--model",
+            str(model),
+            "--run-dir",
+            str(tmp_path),
+        ],
+    }
+    for number, (said, words) in enumerate(cases.items()):
+        directory = [f"--run.directory={tmp_path / f'run{number}'}"] if words[0] == "ppo" else []
+        assert said in refused(capsys, [*words, *directory]), words
+
+
+def test_a_run_is_not_overwritten(tiny, tmp_path, capsys):
+    words = ppo_words(tmp_path, tiny(), *with_function(tmp_path))
+    assert main(words) == 0
+    assert "already holds a run" in refused(capsys, words)
+
+
+def test_chance_is_warned_of(tiny, reward_model, tmp_path, capsys):
+    for file in reward_model.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    card = json.loads((tmp_path / "tandem.json").read_text())
+    (tmp_path / "tandem.json").write_text(json.dumps({**card, "heldout_accuracy": 0.5, "heldout_pairs": 100}))
+    assert main(ppo_words(tmp_path, tiny(), f"--rewards.0.model={tmp_path}")) == 0
+    assert "WARNING: that is chance" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_transfer_that_is_not_whole_is_refused(tiny, reward_model, tmp_path, capsys):
+    card = json.loads((reward_model / "tandem.json").read_text())
+    original = (reward_model / "tandem.json").read_text()
+    card["probes"][0]["score"] += 1.0
+    (reward_model / "tandem.json").write_text(json.dumps(card))
+    try:
+        for mode in ("separate", "adapters"):
+            words = ppo_words(tmp_path, tiny(), f"--rewards.0.model={reward_model}", f"--sharing.mode={mode}")
+            assert "was not carried over whole" in refused(capsys, words)
+    finally:
+        (reward_model / "tandem.json").write_text(original)
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["ppo", "--help"])
+    assert end.value.code == 0
+    assert "--policy.lr" in capsys.readouterr().out
+
+
+def test_the_command_exits_as_documented():
+    done = subprocess.run(
+        [sys.executable, "-m", "tandem", "sft", "none.toml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
