@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -40,7 +42,7 @@ def pair_file(tmp_path, count=24):
 
 
 def reward_file(tmp_path, body="return [float(len(r)) for r in responses]"):
-    path = tmp_path / "reward.py"
+    path = tmp_path / f"reward_{abs(hash(body))}.py"
     path.write_text(f"def reward(prompts, responses, rows):\n    {body}\n")
     return f"{path}:reward"
 
@@ -246,7 +248,11 @@ def test_generate_answers_prompts(tiny, capsys):
 
 def test_demo_on_a_tiny_model(tiny, tmp_path, capsys):
     pytest.importorskip("vaderSentiment")
-    words = ["demo", "--quick", "--model", str(tiny()), "--run-dir", str(tmp_path / "demo"), "--seed", "3"]
+    rows = [{"text": f"the {word} was {how}, {how}, {how}"} for word in WORDS for how in ("good", "bad", "slow")]
+    words = ["sft", f"--model={tiny()}", f"--data.train={write(tmp_path / 's.jsonl', rows)}", "--optimizer.lr=0.01"]
+    assert main([*words, "--epochs=20", "--sequences_per_minibatch=9", f"--run.directory={tmp_path / 'sft'}"]) == 0
+    model = str(tmp_path / "sft" / "model")
+    words = ["demo", "--quick", "--model", model, "--run-dir", str(tmp_path / "demo"), "--seed", "3"]
     assert main(words) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["seed"] == 3
@@ -275,8 +281,11 @@ def test_real_model_from_sft_to_ppo(stories, tmp_path):
     assert read_metrics(tmp_path / "ppo")[0]["rollout/logprob_mismatch"] < 1e-4
 
 
-def test_bad_input_is_one_message(tiny, reward_model, tmp_path, capsys):
-    model = tiny()
+def test_bad_input_is_one_message(tiny, reward_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    model, stranger = tiny(), tmp_path / "stranger"
+    shutil.copytree(reward_model, stranger)
+    make_tokenizer(size=270).save_pretrained(stranger)
     assert "invalid choice" in refused(capsys, ["frobnicate"])
     cases = {
         "no such recipe": ["sft", str(tmp_path / "none.toml")],
@@ -284,7 +293,7 @@ def test_bad_input_is_one_message(tiny, reward_model, tmp_path, capsys):
         "there is no such folder": ppo_words(tmp_path, "./nowhere", *with_function(tmp_path)),
         "no config.json": ppo_words(tmp_path, tmp_path, *with_function(tmp_path)),
         "has no function": ppo_words(
-            tmp_path, model, "--value.start=policy", f"--rewards.0.function={tmp_path}/reward.py:nope"
+            tmp_path, model, "--value.start=policy", f"--rewards.0.function={reward_file(tmp_path)[:-7]}:nope"
         ),
         "No module named": ppo_words(tmp_path, model, "--value.start=policy", "--rewards.0.function=nowhere:nope"),
         "returned 1 scores for": ppo_words(tmp_path, model, *with_function(tmp_path, "return [1.0]")),
@@ -295,7 +304,7 @@ def test_bad_input_is_one_message(tiny, reward_model, tmp_path, capsys):
         "together more than the 256": ppo_words(
             tmp_path, model, *with_function(tmp_path), "--rollout.max_new_tokens=255"
         ),
-        "another tokenizer": ppo_words(tmp_path, tiny("qwen2"), f"--rewards.0.model={reward_model}"),
+        "another tokenizer": ppo_words(tmp_path, model, f"--rewards.0.model={stranger}"),
         "upper_layers = 99": ppo_words(
             tmp_path, model, *with_function(tmp_path), "--sharing.mode=adapters", "--adapters.upper_layers=99"
         ),

@@ -178,7 +178,7 @@ def _run_generate(known: argparse.Namespace, rest: Sequence[str]) -> int:
     names = set(GenerateSettings.__dataclass_fields__)
     settings = GenerateSettings(**{name: value for name, value in vars(known).items() if name in names})
     for rollout in run_generate(settings, prompts):
-        print(f"> {rollout.prompt.row.get('text', rollout.prompt.text)}\n{rollout.text.strip()}\n")
+        print(f"> {rollout.prompt.row['prompt']}\n{rollout.text.strip()}\n")
     return DONE
 
 

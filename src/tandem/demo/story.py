@@ -22,7 +22,7 @@ from tandem.demo.gold import gold
 from tandem.demo.report import print_report, save_plot, summarise
 from tandem.errors import InputError
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import layer_count, load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
 from tandem.run import Progress
@@ -58,6 +58,7 @@ def run_demo(model: str | None, run_dir: Path, seed: int, quick: bool, progress:
 
     Raises InputError for a model that cannot be used or a folder that cannot be written.
     """
+    gold([""], [""], [{}])
     source = model or str(smollm2(progress))
     make_room(run_dir, progress)
     started = time.monotonic()
@@ -67,8 +68,14 @@ def run_demo(model: str | None, run_dir: Path, seed: int, quick: bool, progress:
     write_rows(run_dir / "data" / "openings.jsonl", [{"prompt": text} for text in training])
     write_rows(run_dir / "data" / "heldout_openings.jsonl", [{"prompt": text} for text in heldout])
     mark = len(training) * scale.samples_per_opening
-    write_rows(run_dir / "data" / "pairs.jsonl", preferences(rollouts[:mark]))
-    write_rows(run_dir / "data" / "heldout_pairs.jsonl", preferences(rollouts[mark:]))
+    pairs, heldout_pairs = preferences(rollouts[:mark]), preferences(rollouts[mark:])
+    if not pairs or not heldout_pairs:
+        raise InputError(
+            f"what {source} wrote is nowhere clearly positive or negative, so there is nothing to prefer; the demo "
+            f"needs a model that writes English. Its first words: {rollouts[0].text[:60]!r}."
+        )
+    write_rows(run_dir / "data" / "pairs.jsonl", pairs)
+    write_rows(run_dir / "data" / "heldout_pairs.jsonl", heldout_pairs)
     reward_settings = {
         "model": source,
         "data.train": f"{run_dir}/data/pairs.jsonl",
@@ -81,11 +88,14 @@ def run_demo(model: str | None, run_dir: Path, seed: int, quick: bool, progress:
         "rewards.0.model": f"{run_dir}/reward/model",
         "data.prompts": f"{run_dir}/data/openings.jsonl",
         "data.eval_prompts": f"{run_dir}/data/heldout_openings.jsonl",
+        "adapters.upper_layers": -(-layer_count(source, "--model") // 2),
         "run.directory": f"{run_dir}/ppo",
         "run.seed": seed,
         **scale.joint_settings,
     }
     reward = run_reward(load_config(RewardConfig, recipe("reward.toml"), as_words(reward_settings)), progress)
+    if reward["interrupted"]:
+        return {"interrupted": True}
     joint = run_ppo(load_config(PpoConfig, recipe("ppo.toml"), as_words(joint_settings)), progress)
     summary = summarise(run_dir, source, seed, time.monotonic() - started, reward, joint)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

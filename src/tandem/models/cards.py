@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from tandem.config import AdapterSection
 from tandem.errors import InputError
 from tandem.models.loading import REWARD_CARD
 from tandem.models.scoring import Scorer
@@ -35,7 +35,7 @@ class RewardCard:
     base: str
     heldout_accuracy: float | None
     heldout_pairs: int
-    adapter: dict[str, Any] | None
+    adapter: AdapterSection | None
     probes: list[Probe]
 
     def near_chance(self) -> bool:
@@ -56,7 +56,8 @@ def probe_scores(scorer: Scorer, card: RewardCard) -> Tensor:
 
 
 def write_card(card: RewardCard, folder: Path) -> None:
-    (folder / REWARD_CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    content = asdict(card) | {"adapter": card.adapter and card.adapter.model_dump()}
+    (folder / REWARD_CARD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_card(source: str) -> RewardCard | None:
@@ -66,6 +67,7 @@ def read_card(source: str) -> RewardCard | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return RewardCard(**{**content, "probes": [Probe(**probe) for probe in content["probes"]]})
+        adapter = content["adapter"] and AdapterSection(**content["adapter"])
+        return RewardCard(**content | {"adapter": adapter, "probes": [Probe(**probe) for probe in content["probes"]]})
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged: {error}.") from error

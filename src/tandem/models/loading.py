@@ -114,6 +114,11 @@ def _first_line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def layer_count(source: str, key: str) -> int:
+    """Layers of a saved model. Raises InputError where it cannot be read."""
+    return int(_config(source, key).get_text_config().num_hidden_layers)
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Positions that the model can read, or None where its configuration sets no limit."""
     return getattr(model.config, "max_position_embeddings", None)

@@ -55,7 +55,8 @@ def _save(kind: Any, config: Any, state: dict[str, Tensor], trunk: Trunk, folder
     unfilled = [name for name, tensor in shell.state_dict().items() if tensor.is_meta]
     if unfilled:
         raise RuntimeError(f"saving {type(shell).__name__}: no weights for {unfilled[:3]}")
-    shell.generation_config = trunk.model.generation_config
+    if shell.can_generate():
+        shell.generation_config = trunk.model.generation_config
     folder.mkdir(parents=True, exist_ok=True)
     shell.save_pretrained(folder)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tandem.errors import InputError
 from tandem.models.loading import is_classifier, load_causal, load_scalar
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
@@ -71,6 +72,12 @@ def load_body(source: str, key: str, dtype: torch.dtype, device: torch.device) -
     A classifier keeps its head; a language model gets one that answers 0.
     """
     if is_classifier(source, key):
-        return as_scalar(load_scalar(source, key, dtype, device))
+        model = load_scalar(source, key, dtype, device)
+        if head_of(model) is None:
+            raise InputError(
+                f"{key} = {source!r} ({type(model).__name__}) is no causal decoder with a scalar head; start from a "
+                "causal language model, or from a reward model that is built on one."
+            )
+        return as_scalar(model)
     trunk = Trunk(load_causal(source, key, dtype, device))
     return ScalarModel(trunk, zero_head(trunk.model.config.hidden_size, device))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.config import AdapterSection, PpoConfig
+from tandem.config import PpoConfig
 from tandem.errors import InputError
 from tandem.models.cards import RewardCard, probe_scores, read_card
 from tandem.models.causal import CausalPolicy, SamplingRule
@@ -128,7 +128,7 @@ def _start_value_from_adapter(source: str, reward: RewardModel, trunk: Trunk, he
         )
     assert reward.card.adapter is not None
     assert scorer.model.adapter is not None
-    trunk.add_adapter("value", AdapterSection(**reward.card.adapter))
+    trunk.add_adapter("value", reward.card.adapter)
     trunk.copy_adapter(scorer.model.adapter, "value")
     with torch.no_grad():
         head.weight.copy_(scorer.model.head.weight)
@@ -147,7 +147,7 @@ def _reward_on_trunk(
     if card is None or card.adapter is None or not folder.is_dir():
         return None
     check_same_tokenizer(source, tokenizer)
-    head = load_adapter(trunk, name, AdapterSection(**card.adapter), folder)
+    head = load_adapter(trunk, name, card.adapter, folder)
     scorer = DecoderScorer(ScalarModel(trunk, head, adapter=name), placement.tokens_per_microbatch)
     _compare(source, card, scorer, placement)
     return RewardModel(scorer, tokenizer, card)

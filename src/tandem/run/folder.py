@@ -21,8 +21,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: BaseModel, trackers: Sequence[str]) -> None:
         """Raises InputError where the folder holds another run or cannot be written."""
-        if (path / "config.toml").exists():
-            raise InputError(f"{path} already holds a run; choose another folder with --run.directory.")
+        check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             text = tomli_w.dumps(without_none(config.model_dump()))
@@ -61,6 +60,13 @@ class RunFolder:
         self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def check_free(path: Path) -> None:
+    """Raises InputError where a run has left metrics in the folder; one that ended before its first step has not."""
+    metrics = path / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > 0:
+        raise InputError(f"{path} already holds a run; choose another folder with --run.directory.")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

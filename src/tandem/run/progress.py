@@ -65,6 +65,7 @@ class Stage:
         self._task = progress._bars.add_task(name, total=steps, numbers="")
         self._started = self._said = time.monotonic()
         self._numbers = ""
+        self._said_done = -1
 
     def advance(self, numbers: Mapping[str, float] | None = None, steps: int = 1) -> None:
         """So many steps further, with the numbers that matter by their short names."""
@@ -76,11 +77,11 @@ class Stage:
             self._say()
 
     def finish(self) -> None:
-        if self._progress._bars.disable:
+        if self._progress._bars.disable and self._said_done != self._done:
             self._say()
 
     def _say(self) -> None:
-        self._said = time.monotonic()
+        self._said, self._said_done = time.monotonic(), self._done
         elapsed = self._said - self._started
         left = elapsed / max(1, self._done) * (self._steps - self._done)
         self._progress.say(

@@ -42,7 +42,10 @@ def run_generate(settings: GenerateSettings, prompts: Sequence[str]) -> list[Rol
     device = pick_device(settings.device)
     tokenizer = load_tokenizer(settings.model, "model")
     texts: list[Text] = [[{"role": "user", "content": text}] if settings.chat else text for text in prompts]
-    ready = [make_prompt(text, tokenizer, Row({}, f"prompt {number}")) for number, text in enumerate(texts, start=1)]
+    ready = [
+        make_prompt(text, tokenizer, Row({"prompt": prompt}, f"prompt {number}"))
+        for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True), start=1)
+    ]
     model = load_causal(settings.model, "model", pick_dtype(settings.precision, device), device)
     limit, longest = context_length(model), max(len(prompt.ids) for prompt in ready)
     if limit is not None and longest + settings.max_new_tokens > limit:

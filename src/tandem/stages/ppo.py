@@ -27,6 +27,7 @@ from tandem.rewards.model import ModelReward
 from tandem.rollout import Generator, TorchGenerator
 from tandem.run import Progress, RunFolder
 from tandem.run.clock import Clock
+from tandem.run.folder import check_free
 from tandem.run.interrupt import Interrupt
 from tandem.run.machine import machine_record
 from tandem.stages.joint import (
@@ -48,6 +49,7 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
     Raises InputError for what cannot be used, RunError where the run cannot go on.
     """
     started = time.monotonic()
+    check_free(Path(config.run.directory))
     torch.manual_seed(config.run.seed)
     stage = build(config, progress)
     folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
@@ -74,9 +76,8 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
                 chosen = slice(0, config.rollouts_to_save)
                 folder.save_rollouts(f"step_{step:06d}", records(rollouts, trajectories, batch, scores, stage)[chosen])
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                metrics |= {
-                    f"heldout/{k}": v for k, v in evaluate_heldout(stage, config, folder, f"{step:06d}").items()
-                }
+                heldout = evaluate_heldout(stage, config, folder, f"{step:06d}")
+                metrics |= {f"heldout/{name}": value for name, value in heldout.items()}
             folder.log(step, metrics)
             shown.advance(headline(metrics))
             steps_done = step

@@ -23,6 +23,7 @@ from tandem.models.saving import save_scalar
 from tandem.models.scalar import ScalarModel, load_body
 from tandem.models.scoring import DecoderScorer
 from tandem.run import Progress, RunFolder
+from tandem.run.folder import check_free
 from tandem.run.interrupt import Interrupt
 from tandem.run.machine import machine_record
 from tandem.types import whole_texts
@@ -34,6 +35,7 @@ def run_reward(config: RewardConfig, progress: Progress) -> dict[str, Any]:
     Raises InputError for what cannot be used.
     """
     started = time.monotonic()
+    check_free(Path(config.run.directory))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.compute.device)
     tokenizer = load_tokenizer(config.model, "model")
@@ -210,7 +212,7 @@ def save(
         base=config.model,
         heldout_accuracy=heldout.get("heldout/accuracy"),
         heldout_pairs=int(bool(heldout)) * len(pairs),
-        adapter=config.adapters.model_dump() if config.adapters else None,
+        adapter=config.adapters,
         probes=probes,
     )
     write_card(card, folder)

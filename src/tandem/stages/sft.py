@@ -20,6 +20,7 @@ from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick
 from tandem.models.saving import save_policy
 from tandem.models.trunk import Trunk
 from tandem.run import Progress, RunFolder
+from tandem.run.folder import check_free
 from tandem.run.interrupt import Interrupt
 from tandem.run.machine import machine_record
 from tandem.types import split_by_tokens, whole_texts
@@ -31,6 +32,7 @@ def run_sft(config: SftConfig, progress: Progress) -> dict[str, Any]:
     Raises InputError for what cannot be used.
     """
     started = time.monotonic()
+    check_free(Path(config.run.directory))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.compute.device)
     tokenizer = load_tokenizer(config.model, "model")
