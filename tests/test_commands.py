@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -366,3 +368,19 @@ def test_the_command_exits_as_documented():
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_first_interrupt_saves_after_the_step(tiny, tmp_path):
+    words = ppo_words(tmp_path, tiny(), *with_function(tmp_path), "--steps=100000")
+    run = subprocess.Popen([sys.executable, "-m", "tandem", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "ppo" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=60)[0].decode()
+    assert run.returncode == 130, said
+    summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert summary["steps"] == len(read_metrics(tmp_path / "ppo"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ppo" / "model")

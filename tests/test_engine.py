@@ -1,0 +1,51 @@
+"""Optimisation in one process: accumulation, clipping, master weights, schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tandem.config import OptimizerSection
+from tandem.engine.local import LocalEngine, ParameterGroup, schedule_factor
+
+
+def engine(parameter, updates=10, **settings) -> LocalEngine:
+    options = OptimizerSection(**settings)
+    return LocalEngine([ParameterGroup([parameter], options.lr)], options, updates)
+
+
+def test_gradients_of_micro_batches_add_up_and_are_clipped():
+    parameter = nn.Parameter(torch.zeros(2))
+    made = engine(parameter, lr=0.1, max_grad_norm=1.0)
+    for part in (torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])):
+        made.backward((parameter * part).sum())
+    assert made.step() == pytest.approx(5.0)
+    assert parameter.grad is None
+    assert parameter.tolist() == pytest.approx([-0.1, -0.1], rel=1e-4)
+
+
+def test_steps_too_small_for_bfloat16_are_not_lost():
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    made = engine(parameter, lr=1e-4, updates=100)
+    for _ in range(100):
+        made.backward(parameter.sum())
+        made.step()
+    assert parameter.dtype == torch.bfloat16
+    assert parameter.item() == pytest.approx(0.99, abs=0.004)
+
+
+def test_schedules():
+    settings = OptimizerSection(schedule="linear", warmup_fraction=0.2)
+    assert [schedule_factor(n, 10, settings) for n in (0, 1, 2, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])
+    cosine = OptimizerSection(schedule="cosine")
+    assert [schedule_factor(n, 10, cosine) for n in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    assert schedule_factor(7, 10, OptimizerSection()) == 1.0
+
+
+def test_groups_keep_their_own_rates():
+    body, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    made = LocalEngine([ParameterGroup([body], 0.1), ParameterGroup([head], 0.3)], OptimizerSection(lr=0.1), 1)
+    made.backward((body + head).sum())
+    made.step()
+    assert (body.item(), head.item()) == pytest.approx((-0.1, -0.3), rel=1e-4)
