@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from tandem import algo
 from tandem.config import PpoConfig
-from tandem.data.prompts import PromptLimits, prompt_batches, read_prompts
-from tandem.engine.local import LocalEngine, ParameterGroup
-from tandem.errors import InputError, RunError
-from tandem.models.causal import CausalPolicy
-from tandem.models.loading import context_length, load_tokenizer, pick_device, pick_dtype
-from tandem.models.saving import save_policy, save_scalar
-from tandem.models.sharing import JointModels, Placement, RewardModel, build_joint
-from tandem.rewards import Reward
-from tandem.rewards.composition import Term, WeightedSum
-from tandem.rewards.function import FunctionReward, load_function
-from tandem.rewards.model import ModelReward
-from tandem.rollout import Generator, TorchGenerator
+from tandem.data.prompts import prompt_batches
+from tandem.errors import RunError
 from tandem.run import Progress, RunFolder
 from tandem.run.clock import Clock
 from tandem.run.folder import check_free
 from tandem.run.interrupt import Interrupt
 from tandem.run.machine import machine_record
-from tandem.stages.joint import (
-    PolicyLearner,
-    ValueLearner,
-    estimate_advantages,
-    evaluate,
-    in_parts,
-    measure,
-    update,
-)
-from tandem.text import decoder
+from tandem.stages.joint import estimate_advantages, in_parts, measure, update
+from tandem.stages.joint_setup import JointStage, build
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories, pad_tokens
 
 
@@ -103,168 +83,6 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
     folder.write_summary(summary)
     folder.close()
     return summary
-
-
-@dataclass(frozen=True)
-class JointStage:
-    """Everything that a joint run works with."""
-
-    tokenizer: PreTrainedTokenizerBase
-    prompts: Sequence[Prompt]
-    heldout: Sequence[Prompt]
-    models: JointModels
-    reward: Reward
-    reward_models: dict[str, RewardModel]
-    generator: Generator
-    policy: PolicyLearner
-    value: ValueLearner
-    placement: Placement
-    random: torch.Generator
-
-    def evaluate(self, rollouts: Sequence[Rollout], scores: Scores) -> Trajectories:
-        models, budget = self.models, self.placement.tokens_per_microbatch
-        return evaluate(rollouts, scores, models.policy, models.reference, models.value, budget)
-
-    def fresh_generator(self, config: PpoConfig) -> Generator:
-        """One with a random state of its own, the same every time, that leaves training's alone."""
-        random = torch.Generator(device=self.placement.device).manual_seed(config.run.seed + 1)
-        return make_generator(self.models.policy, self.tokenizer, config, random)
-
-    def save(self, folder: RunFolder) -> None:
-        policy = self.models.policy
-        save_policy(policy.trunk, policy.adapter, self.tokenizer, folder.model)
-        save_scalar(self.models.value, self.tokenizer, folder.path / "value_model")
-
-
-def build(config: PpoConfig, progress: Progress) -> JointStage:
-    """Load data, models and reward. What can be refused early is looked at first."""
-    functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
-    device = pick_device(config.compute.device)
-    placement = Placement(device, pick_dtype(config.compute.precision, device), config.compute.tokens_per_microbatch)
-    tokenizer = load_tokenizer(config.policy.model, "policy.model")
-    limits = PromptLimits(config.data.max_prompt_tokens, config.data.too_long)
-    prompts = read_all_prompts(config, tokenizer, limits, progress)
-    with progress.console.status("loading the models"):
-        models, reward_models = build_joint(config, tokenizer, placement)
-    check_context(config, models, [*prompts[0], *prompts[1]])
-    introduce(reward_models, progress)
-    terms = {}
-    for source in config.rewards:
-        if source.model is not None:
-            model = reward_models[source.model]
-            terms["reward_model"] = Term(ModelReward(model.scorer, model.tokenizer, source.model), source.weight)
-        else:
-            assert source.function is not None
-            name = source.function.rpartition(":")[2]
-            terms[name] = Term(FunctionReward(functions[source.function], source.function), source.weight)
-    random = torch.Generator(device=device).manual_seed(config.run.seed)
-    policy, value = learners(config, models)
-    return JointStage(
-        tokenizer=tokenizer,
-        prompts=prompts[0],
-        heldout=prompts[1],
-        models=models,
-        reward=WeightedSum(terms, config.score),
-        reward_models=reward_models,
-        generator=make_generator(models.policy, tokenizer, config, random),
-        policy=policy,
-        value=value,
-        placement=placement,
-        random=torch.Generator().manual_seed(config.run.seed),
-    )
-
-
-def read_all_prompts(
-    config: PpoConfig, tokenizer: PreTrainedTokenizerBase, limits: PromptLimits, progress: Progress
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and held-out ones."""
-    found: list[list[Prompt]] = []
-    for source, key in (
-        (config.data.prompts, "data.prompts"),
-        (config.data.eval_prompts, "data.eval_prompts"),
-    ):
-        if source is None:
-            found.append([])
-            continue
-        prompts, dropped = read_prompts(source, key, config.data.split, config.data.columns, tokenizer, limits)
-        if dropped:
-            progress.say(
-                f"{key}: {dropped} prompts were dropped for being longer than {limits.max_prompt_tokens} tokens."
-            )
-        found.append(prompts)
-    return found[0], found[1]
-
-
-def check_context(config: PpoConfig, models: JointModels, prompts: Sequence[Prompt]) -> None:
-    """Raises InputError where prompt and response together do not fit the model."""
-    limit = context_length(models.policy.trunk.model)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    if limit is not None and longest + config.rollout.max_new_tokens > limit:
-        raise InputError(
-            f"the longest prompt has {longest} tokens and rollout.max_new_tokens is {config.rollout.max_new_tokens}, "
-            f"together more than the {limit} that policy.model reads; lower data.max_prompt_tokens with "
-            f'data.too_long = "drop", or rollout.max_new_tokens.'
-        )
-
-
-def introduce(reward_models: dict[str, RewardModel], progress: Progress) -> None:
-    """Say how good each reward model is known to be, and warn where it is no better than a coin."""
-    for name, model in reward_models.items():
-        if model.card is None or model.card.heldout_accuracy is None:
-            progress.say(f"reward model {name}: carries no held-out accuracy.")
-            continue
-        accuracy, pairs = model.card.heldout_accuracy, model.card.heldout_pairs
-        progress.say(f"reward model {name}: accuracy {accuracy:.3f} on {pairs} held-out pairs.")
-        if model.card.near_chance():
-            progress.warn(
-                f"that is chance. The policy will climb this reward all the same and learn nothing that it was "
-                f"meant to; train a better reward model first ({name})."
-            )
-
-
-def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, ValueLearner]:
-    """Each model with its optimiser, whose schedule spans all updates of the run."""
-    sequences = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-
-    def updates(section: Any) -> int:
-        return config.steps * section.epochs * -(-sequences // section.sequences_per_minibatch)
-
-    policy, value = config.policy, config.value
-    policy_groups = [ParameterGroup(models.policy_parameters, policy.lr)]
-    head = list(models.value.head.parameters())
-    value_groups = [
-        ParameterGroup(models.value_parameters, value.lr),
-        ParameterGroup(head, value.head_lr or value.lr),
-    ]
-    return (
-        PolicyLearner(
-            model=models.policy,
-            engine=LocalEngine(policy_groups, policy, updates(policy)),
-            epochs=policy.epochs,
-            sequences_per_minibatch=policy.sequences_per_minibatch,
-            clip_low=policy.clip_low,
-            clip_high=policy.clip_high,
-        ),
-        ValueLearner(
-            model=models.value,
-            engine=LocalEngine(value_groups, value, updates(value)),
-            epochs=value.epochs,
-            sequences_per_minibatch=value.sequences_per_minibatch,
-        ),
-    )
-
-
-def make_generator(
-    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, config: PpoConfig, random: torch.Generator
-) -> TorchGenerator:
-    return TorchGenerator(
-        policy,
-        decoder(tokenizer),
-        policy.stop_ids(tokenizer),
-        max_new_tokens=config.rollout.max_new_tokens,
-        sequences_per_batch=config.rollout.sequences_per_batch,
-        random=random,
-    )
 
 
 def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
