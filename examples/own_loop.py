@@ -16,7 +16,7 @@ from tandem.rollout import TorchGenerator
 from tandem.stages.joint import PolicyLearner, ValueLearner, estimate_advantages, evaluate, measure, update
 from tandem.types import Prompt, Scores
 
-STEPS, BUDGET = 15, 4096
+STEPS, BUDGET = 20, 4096
 torch.manual_seed(0)
 random = torch.Generator().manual_seed(0)
 config = LlamaConfig(
@@ -43,7 +43,7 @@ def engine(parameters, lr: float) -> LocalEngine:
 learners = (
     PolicyLearner(
         policy,
-        engine(policy_parameters, 1e-2),
+        engine(policy_parameters, 3e-2),
         epochs=4,
         sequences_per_minibatch=64,
         clip_low=0.2,
@@ -57,7 +57,7 @@ learners = (
     ),
 )
 generator = TorchGenerator(
-    policy, lambda ids: " ".join(map(str, ids)), {1}, max_new_tokens=12, sequences_per_batch=64, random=random
+    policy, lambda _, ids: " ".join(map(str, ids)), {1}, max_new_tokens=12, sequences_per_batch=64, random=random
 )
 prompts = [Prompt(ids=(2, number), text="", messages=None, row={}) for number in range(3, 35)] * 2
 
@@ -66,6 +66,6 @@ for step in range(1, STEPS + 1):
     scores = Scores(torch.tensor([sum(t % 2 == 0 for t in r.ids) / len(r.ids) for r in rollouts]), {})
     trajectories = evaluate(rollouts, scores, policy, reference, value, BUDGET)
     batch = estimate_advantages(trajectories, AdvantageSection(), kl_coefficient=0.01)
-    metrics = measure(trajectories, batch, scores, 0.01) | update(*learners, batch, BUDGET, random)
+    metrics = measure(trajectories, batch, scores, AdvantageSection(), 0.01) | update(*learners, batch, BUDGET, random)
     names = ("objective/score", "objective/kl", "value/explained_variance")
     print(f"step {step:2d}  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in names))

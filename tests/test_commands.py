@@ -124,7 +124,7 @@ def test_sft_by_adapters_on_conversations(tiny, tmp_path):
 def test_reward_model_learns_and_carries_its_accuracy(reward_model):
     card = json.loads((reward_model / "tandem.json").read_text())
     assert card["heldout_accuracy"] == 1.0
-    assert card["heldout_pairs"] == 2
+    assert card["heldout_pairs"] == 4
     model = AutoModelForSequenceClassification.from_pretrained(reward_model)
     assert model.config.num_labels == 1
     score = model(input_ids=torch.tensor([card["probes"][0]["ids"]])).logits[0, 0].item()
@@ -147,7 +147,7 @@ def test_ppo_under_a_reward_model(tiny, reward_model, tmp_path, capsys, mode):
         "--eval_every=1",
     ]
     assert main(words) == 0
-    assert "accuracy 1.000 on 2 held-out pairs" in capsys.readouterr().out
+    assert "accuracy 1.000 on 4 held-out pairs" in capsys.readouterr().out
     run = tmp_path / "ppo"
     metrics = read_metrics(run)
     names = {"objective/kl", "objective/score", "objective/rlhf_reward", "policy/loss", "policy/clipfrac"}
@@ -252,7 +252,7 @@ def test_demo_on_a_tiny_model(tiny, tmp_path, capsys):
     pytest.importorskip("vaderSentiment")
     rows = [{"text": f"the {word} was {how}, {how}, {how}"} for word in WORDS for how in ("good", "bad", "slow")]
     words = ["sft", f"--model={tiny()}", f"--data.train={write(tmp_path / 's.jsonl', rows)}", "--optimizer.lr=0.01"]
-    assert main([*words, "--epochs=20", "--sequences_per_minibatch=9", f"--run.directory={tmp_path / 'sft'}"]) == 0
+    assert main([*words, "--epochs=80", "--sequences_per_minibatch=9", f"--run.directory={tmp_path / 'sft'}"]) == 0
     model = str(tmp_path / "sft" / "model")
     words = ["demo", "--quick", "--model", model, "--run-dir", str(tmp_path / "demo"), "--seed", "3"]
     assert main(words) == 0
@@ -291,7 +291,7 @@ def test_bad_input_is_one_message(tiny, reward_model, tmp_path, capsys, monkeypa
     assert "invalid choice" in refused(capsys, ["frobnicate"])
     cases = {
         "no such recipe": ["sft", str(tmp_path / "none.toml")],
-        "neither a recipe": ["sft", "nonsense"],
+        "nonsense: there is no such recipe": ["sft", "nonsense"],
         "there is no such folder": ppo_words(tmp_path, "./nowhere", *with_function(tmp_path)),
         "no config.json": ppo_words(tmp_path, tmp_path, *with_function(tmp_path)),
         "has no function": ppo_words(

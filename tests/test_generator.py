@@ -19,7 +19,7 @@ PROMPTS = [Prompt(ids, "", None, {}) for ids in [(5, 6, 7, 8, 9, 10, 11), (12,),
 def make(policy, stop=(), limit=6, batch=3, seed=0) -> TorchGenerator:
     return TorchGenerator(
         policy,
-        lambda ids: " ".join(map(str, ids)),
+        lambda _, ids: " ".join(map(str, ids)),
         stop,
         max_new_tokens=limit,
         sequences_per_batch=batch,

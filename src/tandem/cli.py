@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words and words[0] in _STAGES and not {"-h", "--help"} & set(words):
+            return _run_stage(words[0], words[1:])
         known, rest = _parser().parse_known_args(words)
-        return known.run(known, rest)
+        return int(known.run(known, rest))
     except InputError as error:
         print(f"tandem: {error}", file=sys.stderr)
         return REFUSED
@@ -67,8 +69,7 @@ def _add_stage(commands: Any, name: str, kind: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_argument("recipe", nargs="?", type=Path, help="a TOML file")
-    command.set_defaults(run=lambda known, rest: _run_stage(name, known.recipe, rest))
+    command.add_argument("recipe", nargs="?", help="a TOML file; the settings that follow override it")
 
 
 def _settings_help(kind: Any) -> str:
@@ -82,11 +83,10 @@ def _settings_help(kind: Any) -> str:
     return "\n".join(lines)
 
 
-def _run_stage(name: str, recipe: Path | None, overrides: Sequence[str]) -> int:
-    words = list(overrides)
-    if recipe is not None and recipe.suffix != ".toml" and not recipe.exists():
-        raise InputError(f"{str(recipe)!r} is neither a recipe (a .toml file) nor a setting (--section.key value).")
-    config = load_config(_STAGES[name], recipe, words)
+def _run_stage(name: str, words: Sequence[str]) -> int:
+    has_recipe = bool(words) and not words[0].startswith("-")
+    recipe, overrides = (Path(words[0]), words[1:]) if has_recipe else (None, words)
+    config = load_config(_STAGES[name], recipe, overrides)
     directory = config.run.directory.replace("{stage}", name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
     summary = _with_progress(lambda progress: _stage_function(name)(config, progress))
@@ -161,7 +161,7 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--top-k", type=_at_least_one, default=None, help="1 takes the likeliest token every time")
     command.add_argument("--top-p", type=_share, default=1.0)
     command.add_argument("--responses", type=_at_least_one, default=1, help="answers to each prompt")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_from_zero, default=0)
     command.add_argument("--device", default="auto")
     command.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     command.set_defaults(run=_run_generate)
@@ -194,7 +194,7 @@ def _add_demo(commands: Any) -> None:
         "--model", help="directory or hub id of a causal language model (default: SmolLM2-135M-Instruct)"
     )
     command.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_from_zero, default=0)
     command.add_argument("--quick", action="store_true", help="a few steps only, to see that it runs")
     command.set_defaults(run=_run_demo)
 
@@ -222,8 +222,12 @@ def _number(text: str, kind: Any, allowed: Callable[[Any], bool], words: str) ->
     return value
 
 
+def _from_zero(text: str) -> int:
+    return int(_number(text, int, lambda value: value >= 0, "a whole number from 0"))
+
+
 def _at_least_one(text: str) -> int:
-    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+    return int(_number(text, int, lambda value: value >= 1, "a whole number from 1"))
 
 
 def _above_zero(text: str) -> float:

@@ -38,7 +38,7 @@ class RunSection(Section):
 
 
 class ComputeSection(Section):
-    """How the arithmetic is done; none of it changes what is computed."""
+    """How the arithmetic is done; but for rounding, none of it changes what is computed."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -64,6 +64,16 @@ class OptimizerSection(Section):
     )
 
 
+class FineTuningSection(OptimizerSection):
+    """AdamW where one model is trained from data: a short rise, then down to zero."""
+
+    lr: Positive = Field(2e-5, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="course of the learning rate after the warm-up; linear and cosine end at zero"
+    )
+    warmup_fraction: Fraction = Field(0.05, description="share of all updates over which lr rises from zero")
+
+
 class AdapterSection(Section):
     """LoRA (Hu et al. 2021)."""
 
@@ -82,7 +92,8 @@ class RowsSection(Section):
     train: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
     eval: str | None = Field(None, description="held-out rows; unset: eval_fraction of train is held out")
     eval_fraction: Fraction = Field(0.1, description="share of train held out where eval is unset")
-    split: str = Field("train", description="split of a hub data set")
+    split: str = Field("train", description="split of train, where it is a hub data set")
+    eval_split: str = Field("test", description="split of eval, where it is a hub data set")
     columns: dict[str, str] = Field({}, description="standard name -> name in the data, for other conventions")
     max_tokens: Count = Field(1024, description="longest sequence, prompt and answer together")
     too_long: Literal["refuse", "truncate", "drop"] = Field(
@@ -99,7 +110,7 @@ class SftConfig(Section):
     sequences_per_minibatch: Count = Field(32, description="sequences in one optimiser step")
     eval_every: Count = Field(50, description="steps between evaluations on held-out rows")
     data: RowsSection
-    optimizer: OptimizerSection = OptimizerSection(lr=2e-5, schedule="cosine", warmup_fraction=0.05)
+    optimizer: FineTuningSection = FineTuningSection()
     adapters: AdapterSection | None = Field(None, description="train LoRA adapters instead of all weights")
     run: RunSection = RunSection()
     compute: ComputeSection = ComputeSection()
@@ -119,7 +130,7 @@ class RewardConfig(Section):
     eval_every: Count = Field(50, description="steps between evaluations on held-out pairs")
     head_lr: Positive | None = Field(None, description="learning rate of the new scalar head (lr if unset)")
     data: RowsSection
-    optimizer: OptimizerSection = OptimizerSection(lr=1e-5, schedule="linear", warmup_fraction=0.05)
+    optimizer: FineTuningSection = FineTuningSection()
     adapters: AdapterSection | None = Field(None, description="train LoRA adapters instead of all weights")
     run: RunSection = RunSection()
     compute: ComputeSection = ComputeSection()
@@ -130,7 +141,8 @@ class PromptsSection(Section):
 
     prompts: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
     eval_prompts: str | None = Field(None, description="held-out prompts, measured before and after")
-    split: str = Field("train", description="split of a hub data set")
+    split: str = Field("train", description="split of prompts, where they are a hub data set")
+    eval_split: str = Field("test", description="split of eval_prompts, where they are a hub data set")
     columns: dict[str, str] = Field({}, description="standard name -> name in the data, for other conventions")
     max_prompt_tokens: Count = Field(1024, description="longest prompt")
     too_long: Literal["refuse", "drop"] = Field(
@@ -245,7 +257,9 @@ class PpoConfig(Section):
     advantage: AdvantageSection = AdvantageSection()
     rollout: RolloutSection = RolloutSection()
     sharing: SharingSection = SharingSection()
-    adapters: AdapterSection = AdapterSection()
+    adapters: AdapterSection | None = Field(
+        None, description="settings of the adapters, where sharing.mode is adapters"
+    )
     run: RunSection = RunSection()
     compute: ComputeSection = ComputeSection()
 
@@ -253,6 +267,10 @@ class PpoConfig(Section):
     def _possible(self) -> Self:
         if self.value.start == "reward" and not any(source.model for source in self.rewards):
             raise ValueError('value.start = "reward" needs a reward model in rewards; set value.start = "policy"')
+        if self.sharing.mode == "separate" and self.adapters is not None:
+            raise ValueError('adapters are set, but sharing.mode is "separate"; set sharing.mode = "adapters"')
+        if self.kl.target is not None and self.kl.coefficient == 0:
+            raise ValueError("kl.target adapts kl.coefficient by factors, and 0 stays 0; start from more than 0")
         if self.eval_every is not None and self.data.eval_prompts is None:
             raise ValueError("eval_every needs data.eval_prompts")
         if self.advantage.at_limit == "bootstrap" and self.score.missing_eos_penalty > 0:
@@ -301,7 +319,9 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise InputError(f"{word!r} was not understood: settings are given as --section.key value.")
+            raise InputError(
+                f"{word!r} was not understood: settings are given as --section.key value, after the recipe."
+            )
         name, equals, text = word[2:].partition("=")
         if not equals:
             if not rest:

@@ -58,9 +58,27 @@ def taught_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str) ->
     """Ids of prompt, answer and EOS, and which of them are the answer's (EOS included)."""
     if not isinstance(prompt, str):
         return conversation_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-    before = prompt_ids(tokenizer, prompt) if prompt else bos_ids(tokenizer)
-    after = _ids(tokenizer, answer, special=False) + eos_ids(tokenizer)
+    if not prompt:
+        before, after = bos_ids(tokenizer), _ids(tokenizer, answer, special=False)
+    else:
+        before = prompt_ids(tokenizer, prompt)
+        after = _continued(tokenizer, prompt, before, answer, special=True)
+    after += eos_ids(tokenizer)
     return before + after, [False] * len(before) + [True] * len(after)
+
+
+def _continued(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], following: str, special: bool
+) -> list[int]:
+    """Ids of a text that follows another, as they are when both are read together.
+
+    Some tokenizers put a space before every text, which belongs to the first alone. Where the two read together
+    do not begin with the first's ids, the second is read by itself.
+    """
+    together = _ids(tokenizer, text + following, special)
+    if together and together[-1] == tokenizer.eos_token_id and special and not following.endswith(tokenizer.eos_token):
+        together = together[:-1]
+    return together[len(ids) :] if together[: len(ids)] == ids else _ids(tokenizer, following, special=False)
 
 
 def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -82,10 +100,10 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mess
                 "what the assistant said cannot be told from the rest; give prompt and completion instead."
             )
         for text, is_taught in ((opened[len(so_far) :], False), (closed[len(opened) :], True)):
-            part = _ids(tokenizer, text, special=False)
+            part = _continued(tokenizer, so_far, ids, text, special=False)
             ids += part
             taught += [is_taught] * len(part)
-        so_far = closed
+            so_far += text
     return ids, taught
 
 
@@ -102,6 +120,17 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
 
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    """From ids to text without special tokens."""
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int], Sequence[int]], str]:
+    """From a prompt's ids and a response's to the response's text, without special tokens.
+
+    Decoded behind its prompt, so that a space between the two is the response's and is kept.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def response_text(prompt: Sequence[int], response: Sequence[int]) -> str:
+        before, whole = decode(prompt), decode([*prompt, *response])
+        return whole[len(before) :] if whole.startswith(before) else decode(response)
+
+    return response_text

@@ -32,7 +32,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEstim
 class AdaptiveKl:
     """The KL coefficient, fixed where `target` is None, else adapted to hold the KL a sequence at the target.
 
-    beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * sequences / horizon)
+    beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(1, sequences / horizon))
 
     Source: Ziegler et al. 2019, section 2.2.
     """
@@ -46,4 +46,4 @@ class AdaptiveKl:
         if self.target is None:
             return self
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        return replace(self, coefficient=self.coefficient * (1.0 + error * sequences / self.horizon))
+        return replace(self, coefficient=self.coefficient * (1.0 + error * min(1.0, sequences / self.horizon)))

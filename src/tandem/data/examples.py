@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -60,21 +60,25 @@ def read_examples(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: i
     """
     counts = {"truncated": 0, "dropped": 0}
 
-    def read(source: str, key: str) -> list[Example]:
-        found = (_example(row, tokenizer) for row in read_rows(source, key, data.split, data.columns))
+    def read(source: str, key: str, split: str) -> list[Example]:
+        found = (_example(row, tokenizer) for row in read_rows(source, key, split, data.columns))
         fitted = (_fit_example(row, example, data, counts) for row, example in found)
         return _not_empty([example for example in fitted if example is not None], source, key)
 
-    return _split(read, data, seed, counts)
+    return _split(read, data, seed, counts, key=id)
 
 
 def _split(
-    read: Callable[[str, str], list[Item]], data: RowsSection, seed: int, counts: dict[str, int]
+    read: Callable[[str, str, str], list[Item]],
+    data: RowsSection,
+    seed: int,
+    counts: dict[str, int],
+    key: Callable[[Item], Any],
 ) -> SplitRows[Item]:
-    train = read(data.train, "data.train")
+    train = read(data.train, "data.train", data.split)
     if data.eval is not None:
-        return SplitRows(train, read(data.eval, "data.eval"), **counts)
-    train, heldout = hold_out(train, data.eval_fraction, seed)
+        return SplitRows(train, read(data.eval, "data.eval", data.eval_split), **counts)
+    train, heldout = hold_out(train, data.eval_fraction, seed, key)
     return SplitRows(train, heldout, **counts)
 
 
@@ -140,16 +144,16 @@ def _drop_or_refuse(row: Row, length: int, data: RowsSection, counts: dict[str, 
 def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> SplitRows[Pair]:
     """`prompt`, `chosen` and `rejected`; where the two answers are conversations the prompt may be left out.
 
-    A pair that is too long and truncated loses tokens from the left of its prompt, so that the answers stay.
+    A pair that is too long and truncated loses tokens from the left of its prompt, so that the answers' ends stay.
     """
     counts = {"truncated": 0, "dropped": 0}
 
-    def read(source: str, key: str) -> list[Pair]:
-        rows = read_rows(source, key, data.split, data.columns)
+    def read(source: str, key: str, split: str) -> list[Pair]:
+        rows = read_rows(source, key, split, data.columns)
         fitted = (_fit_pair(row, _pair(row, tokenizer), data, counts) for row in rows)
         return _not_empty([pair for pair in fitted if pair is not None], source, key)
 
-    return _split(read, data, seed, counts)
+    return _split(read, data, seed, counts, key=lambda pair: pair.prompt)
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> Pair:
@@ -216,7 +220,7 @@ def _fit_pair(row: Row, pair: Pair, data: RowsSection, counts: dict[str, int]) -
 
 
 def _cut(answered: Answered, limit: int) -> Answered:
-    """Without what is too much at the left."""
+    """Without what is too much at the left, of the answer too where it alone is longer than the limit."""
     excess = max(0, len(answered.ids) - limit)
     return Answered(answered.ids[excess:], max(1, answered.prompt_length - excess))
 

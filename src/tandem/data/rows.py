@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,19 +179,24 @@ def _read_hub(source: str, key: str, split: str) -> Iterator[Row]:
 Item = TypeVar("Item")
 
 
-def hold_out(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Split into what trains and what is held out, in a random order fixed by the seed; both keep at least one.
+def hold_out(
+    items: Sequence[Item], fraction: float, seed: int, key: Callable[[Item], Any]
+) -> tuple[list[Item], list[Item]]:
+    """Split into what trains and what is held out, at random by the seed; both keep at least one item.
 
-    Raises InputError where there are too few to split.
+    Items of the same key go the same way, and `fraction` counts keys. Raises InputError where there is one key.
     """
     if fraction == 0:
         return list(items), []
-    if len(items) < 2:
-        raise InputError("one row cannot be split into training and held-out rows; set data.eval or give more rows.")
-    order = list(range(len(items)))
-    random.Random(seed).shuffle(order)
-    held = min(max(1, round(fraction * len(items))), len(items) - 1)
-    return [items[i] for i in sorted(order[held:])], [items[i] for i in sorted(order[:held])]
+    keys = list(dict.fromkeys(key(item) for item in items))
+    if len(keys) < 2:
+        raise InputError(
+            "rows of one prompt cannot be split into training and held-out rows; set data.eval, give more rows, or "
+            "set data.eval_fraction = 0."
+        )
+    random.Random(seed).shuffle(keys)
+    held = set(keys[: min(max(1, round(fraction * len(keys))), len(keys) - 1)])
+    return [item for item in items if key(item) not in held], [item for item in items if key(item) in held]
 
 
 def missing_columns(row: Row, needed: Iterable[str]) -> InputError:

@@ -26,6 +26,7 @@ from tandem.models.loading import layer_count, load_causal, load_tokenizer, pick
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
 from tandem.run import Progress
+from tandem.run.folder import write_json
 from tandem.stages.ppo import run_ppo
 from tandem.stages.reward import run_reward
 from tandem.text import decoder
@@ -60,13 +61,15 @@ def run_demo(model: str | None, run_dir: Path, seed: int, quick: bool, progress:
     """
     gold([""], [""], [{}])
     source = model or str(smollm2(progress))
+    load_tokenizer(source, "--model")
+    layer_count(source, "--model")
     make_room(run_dir, progress)
     started = time.monotonic()
     scale = QUICK if quick else FULL
     training, heldout = split_openings(scale, seed)
-    rollouts = sample_openings(source, training + heldout, scale, seed, progress)
     write_rows(run_dir / "data" / "openings.jsonl", [{"prompt": text} for text in training])
     write_rows(run_dir / "data" / "heldout_openings.jsonl", [{"prompt": text} for text in heldout])
+    rollouts = sample_openings(source, training + heldout, scale, seed, progress)
     mark = len(training) * scale.samples_per_opening
     pairs, heldout_pairs = preferences(rollouts[:mark]), preferences(rollouts[mark:])
     if not pairs or not heldout_pairs:
@@ -98,7 +101,7 @@ def run_demo(model: str | None, run_dir: Path, seed: int, quick: bool, progress:
         return {"interrupted": True}
     joint = run_ppo(load_config(PpoConfig, recipe("ppo.toml"), as_words(joint_settings)), progress)
     summary = summarise(run_dir, source, seed, time.monotonic() - started, reward, joint)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(summary, run_dir / "summary.json")
     save_plot(run_dir)
     print_report(summary, run_dir, progress)
     return summary

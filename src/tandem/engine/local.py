@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tandem.config import OptimizerSection
+from tandem.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,14 @@ class LocalEngine:
                 parameter.grad = None
 
     def step(self) -> float:
-        """Clip, update, and forget the gradients. Returns the gradient's norm before clipping."""
+        """Clip, update, and forget the gradients. Returns the gradient's norm before clipping.
+
+        Raises RunError where the gradient is not finite, before it reaches a weight.
+        """
         masters = [master for _, master in self._pairs]
         norm = float(nn.utils.clip_grad_norm_(masters, self._max_grad_norm))
+        if not math.isfinite(norm):
+            raise RunError(f"a gradient is not finite (norm {norm}); the weights are as they were before it.")
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)

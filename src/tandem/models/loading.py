@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,13 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"compute.device = {name!r}: allowed are auto, cpu, cuda and cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"compute.device = {name!r}, but torch sees no CUDA device here; set it to auto or cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"compute.device = {name!r}: allowed are auto, cpu, cuda and cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"compute.device = {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; "
+            "set it to auto or cpu."
+        )
     return device
 
 
@@ -78,8 +82,8 @@ def is_classifier(source: str, key: str) -> bool:
 
 def check_source(source: str, key: str) -> None:
     """A path that looks local must exist: raises InputError before the hub is asked for it."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or os.sep * 2 in source
-    path = Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    path = Path(source)
     if path.is_dir() and not (path / "config.json").exists():
         raise InputError(f"{key} = {source!r}: the folder holds no config.json, so it is no saved model.")
     if looks_local and not path.exists():
@@ -106,7 +110,9 @@ def _load(kind: Any, source: str, key: str, dtype: torch.dtype, device: torch.de
             f"{key} = {source!r} lacks {len(missing)} of the weights that {type(model).__name__} needs "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), so it is not such a model."
         )
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _first_line(error: Exception) -> str:
@@ -124,11 +130,26 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+def check_length(model: PreTrainedModel, longest: int, key: str) -> None:
+    """Raises InputError where the longest sequence is more than the model reads."""
+    limit = context_length(model)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"the longest sequence has {longest} tokens, and {key} reads {limit}; lower data.max_tokens with "
+            'data.too_long = "truncate" or "drop".'
+        )
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int | None:
-    """An id for padding that the model can embed: the tokenizer's own, else its EOS, else none."""
+    """An id for padding that the model can embed, EOS only where there is no other.
+
+    A classifier finds a text's last token by passing over padding, so a text that ends in EOS would lose it.
+    """
     embeddings: Any = model.get_input_embeddings()
     known = embeddings.weight.shape[0]
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    eos = tokenizer.eos_token_id
+    others = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    for token in [*(other for other in others if other != eos), eos]:
         if token is not None and token < known:
-            return token
+            return int(token)
     return None

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from tandem.config import AdapterSection
 from tandem.errors import InputError
@@ -56,9 +61,19 @@ def _save(kind: Any, config: Any, state: dict[str, Tensor], trunk: Trunk, folder
     if unfilled:
         raise RuntimeError(f"saving {type(shell).__name__}: no weights for {unfilled[:3]}")
     if shell.can_generate():
-        shell.generation_config = trunk.model.generation_config
+        shell.generation_config = _savable(trunk.model.generation_config)
     folder.mkdir(parents=True, exist_ok=True)
     shell.save_pretrained(folder)
+
+
+def _savable(config: GenerationConfig) -> GenerationConfig:
+    """transformers loads generation settings that it refuses to save; of those only the special tokens are kept."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: getattr(config, name) for name in names})
+    return config
 
 
 def _save_adapter(trunk: Trunk, adapter: str, task: str, extra: dict[str, Tensor], folder: Path) -> None:

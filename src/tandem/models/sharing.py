@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.config import PpoConfig
+from tandem.config import AdapterSection, PpoConfig
 from tandem.errors import InputError
 from tandem.models.cards import RewardCard, probe_scores, read_card
 from tandem.models.causal import CausalPolicy, SamplingRule
-from tandem.models.loading import load_causal, load_scalar, load_tokenizer, padding_id
-from tandem.models.saving import load_adapter
+from tandem.models.loading import context_length, load_causal, load_scalar, load_tokenizer, padding_id
+from tandem.models.saving import ADAPTER_FOLDER, load_adapter
 from tandem.models.scalar import ScalarModel, as_scalar, head_of, zero_head
 from tandem.models.scoring import ClassifierScorer, DecoderScorer, Scorer
 from tandem.models.trunk import Trunk
@@ -43,6 +43,7 @@ class RewardModel:
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
     card: RewardCard | None
+    context: int | None
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,22 @@ def _adapters(
     trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
     reference = CausalPolicy(trunk, _reference_rule(config))
     rewards = {
-        source: _reward_on_trunk(source, f"reward{index}", trunk, tokenizer, placement)
+        source: _reward_on_trunk(source, f"reward{index}", config.policy.model, trunk, tokenizer, placement)
         or _load_reward(source, placement)
         for index, source in enumerate(sources)
     }
-    policy_parameters = trunk.add_adapter("policy", config.adapters)
+    settings = config.adapters or AdapterSection()
+    policy_parameters = trunk.add_adapter("policy", settings)
     trunk.share_below("policy")
     head = zero_head(trunk.model.config.hidden_size, placement.device)
     if config.value.start == "reward":
         head = _start_value_from_adapter(sources[0], rewards[sources[0]], trunk, head)
     else:
-        trunk.add_adapter("value", config.adapters)
+        trunk.add_adapter("value", settings)
     value = ScalarModel(trunk, head.requires_grad_(True), adapter="value")
     value_parameters = trunk.adapter_parameters("value")
+    for parameter in [*policy_parameters, *value_parameters]:
+        parameter.requires_grad_(True)
     policy = CausalPolicy(trunk, _rule(config), adapter="policy")
     return JointModels(policy, reference, value, policy_parameters, value_parameters), rewards
 
@@ -136,21 +140,30 @@ def _start_value_from_adapter(source: str, reward: RewardModel, trunk: Trunk, he
 
 
 def _reward_on_trunk(
-    source: str, name: str, trunk: Trunk, tokenizer: PreTrainedTokenizerBase, placement: Placement
+    source: str,
+    name: str,
+    policy_model: str,
+    trunk: Trunk,
+    tokenizer: PreTrainedTokenizerBase,
+    placement: Placement,
 ) -> RewardModel | None:
-    """The reward model as an adapter of the policy's trunk, where it was trained as one on the same weights.
+    """The reward model as an adapter of the policy's trunk, where it was trained as one of the same base.
 
-    Raises InputError where it was trained on this base by name but answers differently on it.
+    Raises InputError where the base has the same name but the adapter answers differently on it.
     """
     card = read_card(source)
-    folder = Path(source) / "adapter"
-    if card is None or card.adapter is None or not folder.is_dir():
+    folder = Path(source) / ADAPTER_FOLDER
+    if card is None or card.adapter is None or not folder.is_dir() or not _same_source(card.base, policy_model):
         return None
     check_same_tokenizer(source, tokenizer)
     head = load_adapter(trunk, name, card.adapter, folder)
     scorer = DecoderScorer(ScalarModel(trunk, head, adapter=name), placement.tokens_per_microbatch)
     _compare(source, card, scorer, placement)
-    return RewardModel(scorer, tokenizer, card)
+    return RewardModel(scorer, tokenizer, card, context_length(trunk.model))
+
+
+def _same_source(one: str, other: str) -> bool:
+    return one == other or Path(one).resolve() == Path(other).resolve()
 
 
 def _load_reward(source: str, placement: Placement) -> RewardModel:
@@ -161,7 +174,7 @@ def _load_reward(source: str, placement: Placement) -> RewardModel:
         scorer = DecoderScorer(as_scalar(model), placement.tokens_per_microbatch)
     else:
         scorer = ClassifierScorer(model, _padding(source, tokenizer, model), placement.tokens_per_microbatch)
-    return RewardModel(scorer, tokenizer, read_card(source))
+    return RewardModel(scorer, tokenizer, read_card(source), context_length(model))
 
 
 def _padding(source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:

@@ -31,13 +31,13 @@ class TorchGenerator:
     """Samples from the policy's weights as they are at the moment, so it needs no weight transfer.
 
     Prompts of similar length decode together, padded on the left; a row that has ended leaves the batch.
-    `decode` turns response ids into text; `stop_ids` end a response.
+    `decode` turns a prompt's and a response's ids into the response's text; `stop_ids` end a response.
     """
 
     def __init__(
         self,
         policy: NextToken,
-        decode: Callable[[Sequence[int]], str],
+        decode: Callable[[Sequence[int], Sequence[int]], str],
         stop_ids: Iterable[int],
         *,
         max_new_tokens: int,
@@ -96,7 +96,7 @@ class TorchGenerator:
         ]
 
     def _rollout(self, prompt: Prompt, ids: list[int], logprobs: list[float], ended: bool) -> Rollout:
-        return Rollout(prompt, tuple(ids), tuple(logprobs), self._decode(ids), ended)
+        return Rollout(prompt, tuple(ids), tuple(logprobs), self._decode(prompt.ids, ids), ended)
 
 
 def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class RunFolder:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row of metrics; a value that is not finite is kept as null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        finite = finite_or_none(metrics)
         self._metrics.write(json.dumps({"step": step} | finite) + "\n")
         self._metrics.flush()
         for tracker in self._trackers:
@@ -49,17 +49,30 @@ class RunFolder:
         """Samples of a step, one JSON object a line."""
         folder = self.path / "rollouts"
         folder.mkdir(exist_ok=True)
-        lines = (json.dumps(sample, ensure_ascii=False) for sample in samples)
+        lines = (json.dumps(finite_or_none(sample), ensure_ascii=False) for sample in samples)
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        (self.path / "summary.json").write_text(text, encoding="utf-8")
+        write_json(summary, self.path / "summary.json")
 
     def close(self) -> None:
         self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    text = json.dumps(finite_or_none(content), indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def finite_or_none(tree: Any) -> Any:
+    """A tree that JSON can hold: a number that is not finite becomes null."""
+    if isinstance(tree, Mapping):
+        return {name: finite_or_none(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite_or_none(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def check_free(path: Path) -> None:

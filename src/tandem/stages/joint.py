@@ -203,13 +203,15 @@ def microbatches(batch: Batch, tokens_per_microbatch: int) -> Iterator[Batch]:
         yield batch.select(rows)
 
 
-def measure(trajectories: Trajectories, batch: Batch, scores: Scores, kl_coefficient: float) -> dict[str, float]:
+def measure(
+    trajectories: Trajectories, batch: Batch, scores: Scores, settings: AdvantageSection, kl_coefficient: float
+) -> dict[str, float]:
     """What a step's rollouts say about the run, in the field's names; means over all sequences or tokens."""
     mask = trajectories.mask
     kl = algo.kl_estimate(trajectories.logprobs, trajectories.reference_logprobs)
     kl_a_sequence = torch.where(mask, kl, 0.0).sum(1).mean().item()
     score = trajectories.scores.mean().item()
-    outcomes = monte_carlo_outcomes(batch.rewards)
+    outcomes, known = monte_carlo_outcomes(trajectories, batch, settings)
     mismatch = (trajectories.behaviour_logprobs - trajectories.logprobs).abs()
     return {
         "objective/kl": kl_a_sequence,
@@ -218,7 +220,7 @@ def measure(trajectories: Trajectories, batch: Batch, scores: Scores, kl_coeffic
         "objective/rlhf_reward": score - kl_coefficient * kl_a_sequence,
         **{f"objective/score/{name}": part.mean().item() for name, part in scores.parts.items()},
         "policy/entropy": -algo.masked_mean(trajectories.logprobs, mask).item(),
-        "value/explained_variance": algo.explained_variance(batch.values, outcomes, mask),
+        "value/explained_variance": algo.explained_variance(batch.values, outcomes, known),
         "value/mean": algo.masked_mean(batch.values, mask).item(),
         "advantage/std": (batch.advantages[mask]).std(unbiased=False).item(),
         "rollout/length": mask.sum(1).float().mean().item(),
@@ -228,6 +230,11 @@ def measure(trajectories: Trajectories, batch: Batch, scores: Scores, kl_coeffic
     }
 
 
-def monte_carlo_outcomes(rewards: Tensor) -> Tensor:
-    """What was earned from each token on, [B, T]: the undiscounted sum of later rewards, free of any value."""
-    return rewards.flip(1).cumsum(1).flip(1)
+def monte_carlo_outcomes(trajectories: Trajectories, batch: Batch, settings: AdvantageSection) -> tuple[Tensor, Tensor]:
+    """What was earned from each token on, [B, T], free of any value, and the mask [B, T] of where it is known.
+
+    Where a cut response would have gone on (`bootstrap`), what it would have earned is not known.
+    """
+    mask = trajectories.mask
+    outcomes = algo.gae(batch.rewards, torch.zeros_like(batch.values), mask, gamma=settings.gamma, lam=1.0)
+    return outcomes, mask & trajectories.ended[:, None] if settings.at_limit == "bootstrap" else mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,16 +93,17 @@ def reward_terms(
 ) -> dict[str, Term]:
     """The terms of the reward by the names that metrics call them by; a second one of a name gets a number."""
     terms: dict[str, Term] = {}
+    seen: Counter[str] = Counter()
     for source in sources:
         if source.model is not None:
             name, model = "reward_model", models[source.model]
-            term = Term(ModelReward(model.scorer, model.tokenizer, source.model), source.weight)
+            term = Term(ModelReward(model.scorer, model.tokenizer, source.model, model.context), source.weight)
         else:
             assert source.function is not None
             name = source.function.rpartition(":")[2]
             term = Term(FunctionReward(functions[source.function], source.function), source.weight)
-        same = sum(known == name or known.startswith(f"{name}_") for known in terms)
-        terms[f"{name}_{same + 1}" if same else name] = term
+        seen[name] += 1
+        terms[name if seen[name] == 1 else f"{name}_{seen[name]}"] = term
     return terms
 
 
@@ -110,14 +112,15 @@ def read_all_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and held-out ones."""
     found: list[list[Prompt]] = []
-    for source, key in (
-        (config.data.prompts, "data.prompts"),
-        (config.data.eval_prompts, "data.eval_prompts"),
+    data = config.data
+    for source, key, split in (
+        (data.prompts, "data.prompts", data.split),
+        (data.eval_prompts, "data.eval_prompts", data.eval_split),
     ):
         if source is None:
             found.append([])
             continue
-        prompts, dropped = read_prompts(source, key, config.data.split, config.data.columns, tokenizer, limits)
+        prompts, dropped = read_prompts(source, key, split, data.columns, tokenizer, limits)
         if dropped:
             progress.say(
                 f"{key}: {dropped} prompts were dropped for being longer than {limits.max_prompt_tokens} tokens."
@@ -127,15 +130,16 @@ def read_all_prompts(
 
 
 def check_context(config: PpoConfig, models: JointModels, prompts: Sequence[Prompt]) -> None:
-    """Raises InputError where prompt and response together do not fit the model."""
-    limit = context_length(models.policy.trunk.model)
+    """Raises InputError where prompt and response together do not fit the policy or the value model."""
     longest = max(len(prompt.ids) for prompt in prompts)
-    if limit is not None and longest + config.rollout.max_new_tokens > limit:
-        raise InputError(
-            f"the longest prompt has {longest} tokens and rollout.max_new_tokens is {config.rollout.max_new_tokens}, "
-            f"together more than the {limit} that policy.model reads; lower data.max_prompt_tokens with "
-            f'data.too_long = "drop", or rollout.max_new_tokens.'
-        )
+    for name, trunk in (("policy.model", models.policy.trunk), ("the value model", models.value.trunk)):
+        limit = context_length(trunk.model)
+        if limit is not None and longest + config.rollout.max_new_tokens > limit:
+            raise InputError(
+                f"the longest prompt has {longest} tokens and rollout.max_new_tokens is "
+                f"{config.rollout.max_new_tokens}, together more than the {limit} that {name} reads; lower "
+                'data.max_prompt_tokens with data.too_long = "drop", or rollout.max_new_tokens.'
+            )
 
 
 def introduce(reward_models: dict[str, RewardModel], progress: Progress) -> None:

@@ -33,8 +33,8 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
     torch.manual_seed(config.run.seed)
     stage = build(config, progress)
     folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
-    check_sampler(stage, config)
-    heldout_before = evaluate_heldout(stage, config, folder, "before")
+    check_start(stage, config)
+    heldout_before = evaluate_heldout(stage, config, folder, "before", config.kl.coefficient)
     kl = algo.AdaptiveKl(config.kl.coefficient, config.kl.target, config.kl.horizon)
     prompts = prompt_batches(stage.prompts, config.rollout.prompts_per_step, config.run.seed)
     clock, steps_done = Clock(), 0
@@ -47,16 +47,16 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
             with clock("evaluate"):
                 trajectories = stage.evaluate(rollouts, scores)
                 batch = estimate_advantages(trajectories, config.advantage, kl.coefficient)
-                metrics = measure(trajectories, batch, scores, kl.coefficient)
+                metrics = measure(trajectories, batch, scores, config.advantage, kl.coefficient)
             with clock("update"):
                 metrics |= update(stage.policy, stage.value, batch, config.compute.tokens_per_microbatch, stage.random)
             metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
             kl = kl.after(metrics["objective/kl"], len(rollouts))
             if step % config.save_rollouts_every == 0:
-                chosen = slice(0, config.rollouts_to_save)
-                folder.save_rollouts(f"step_{step:06d}", records(rollouts, trajectories, batch, scores, stage)[chosen])
+                saved = rollouts[: config.rollouts_to_save]
+                folder.save_rollouts(f"step_{step:06d}", records(saved, trajectories, batch, scores, stage))
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                heldout = evaluate_heldout(stage, config, folder, f"{step:06d}")
+                heldout = evaluate_heldout(stage, config, folder, f"{step:06d}", kl.coefficient)
                 metrics |= {f"heldout/{name}": value for name, value in heldout.items()}
             folder.log(step, metrics)
             shown.advance(headline(metrics))
@@ -64,7 +64,7 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
             if interrupt.requested:
                 progress.warn(f"interrupted; the models are saved as they are after step {step}.")
                 break
-    heldout_after = {} if interrupt.requested else evaluate_heldout(stage, config, folder, "after")
+    heldout_after = {} if interrupt.requested else evaluate_heldout(stage, config, folder, "after", kl.coefficient)
     with progress.console.status("saving the models"):
         stage.save(folder)
     summary = {
@@ -90,14 +90,15 @@ def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
     return [prompt for prompt in prompts for _ in range(times)]
 
 
-def check_sampler(stage: JointStage, config: PpoConfig) -> None:
-    """The generator's log-probabilities must be those that train.
+def check_start(stage: JointStage, config: PpoConfig) -> None:
+    """The generator's log-probabilities must be those that train, and the reward must answer as it should.
 
     Raises RunError where they differ by more than 1e-4 nats a token in float32, or 0.1 on average in bfloat16.
     """
     prompts = sorted(stage.prompts, key=lambda prompt: len(prompt.ids))
     chosen = [prompts[0], prompts[len(prompts) // 2], prompts[-1]]
     rollouts = stage.fresh_generator(config).generate(chosen)
+    stage.reward.score(rollouts)
     tokens = pad_tokens([rollout.prompt.ids for rollout in rollouts], [rollout.ids for rollout in rollouts])
     with torch.no_grad():
         policy, budget = stage.models.policy, config.compute.tokens_per_microbatch
@@ -117,16 +118,18 @@ def check_sampler(stage: JointStage, config: PpoConfig) -> None:
         )
 
 
-def evaluate_heldout(stage: JointStage, config: PpoConfig, folder: RunFolder, name: str) -> dict[str, float]:
+def evaluate_heldout(
+    stage: JointStage, config: PpoConfig, folder: RunFolder, name: str, kl_coefficient: float
+) -> dict[str, float]:
     """Measure the models on held-out prompts, without a trace in what training will sample."""
     if not stage.heldout:
         return {}
     rollouts = stage.fresh_generator(config).generate(repeat(stage.heldout, config.eval_responses_per_prompt))
     scores = stage.reward.score(rollouts)
     trajectories = stage.evaluate(rollouts, scores)
-    batch = estimate_advantages(trajectories, config.advantage, config.kl.coefficient)
+    batch = estimate_advantages(trajectories, config.advantage, kl_coefficient)
     folder.save_rollouts(f"heldout_{name}", records(rollouts, trajectories, batch, scores, stage))
-    return measure(trajectories, batch, scores, config.kl.coefficient)
+    return measure(trajectories, batch, scores, config.advantage, kl_coefficient)
 
 
 def records(

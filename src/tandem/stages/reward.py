@@ -18,7 +18,7 @@ from tandem.config import RewardConfig
 from tandem.data.examples import Answered, Pair, endless_order, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.cards import RewardCard, make_probes, write_card
-from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import check_length, load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_scalar
 from tandem.models.scalar import ScalarModel, load_body
 from tandem.models.scoring import DecoderScorer
@@ -45,6 +45,8 @@ def run_reward(config: RewardConfig, progress: Progress) -> dict[str, Any]:
             progress.say(f"{count} pairs were longer than data.max_tokens and {what}.")
     with progress.console.status("loading the model"):
         learner = build(config, device)
+    answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
+    check_length(learner.model.trunk.model, max(len(answer.ids) for answer in answers), "model")
     folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
     budget = config.compute.tokens_per_microbatch
     steps = math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch)

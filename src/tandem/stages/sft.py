@@ -16,7 +16,7 @@ from tandem.config import SftConfig
 from tandem.data.examples import Example, endless_order, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import check_length, load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
 from tandem.models.trunk import Trunk
 from tandem.run import Progress, RunFolder
@@ -42,6 +42,7 @@ def run_sft(config: SftConfig, progress: Progress) -> dict[str, Any]:
             progress.say(f"{count} rows were longer than data.max_tokens and {what}.")
     with progress.console.status("loading the model"):
         trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device))
+    check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
     adapter = None if config.adapters is None else "policy"
     if config.adapters is not None:
         parameters = trunk.add_adapter("policy", config.adapters)
