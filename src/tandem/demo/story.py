@@ -43,7 +43,7 @@ class Scale:
     joint_settings: Mapping[str, Any]
 
 
-FULL = Scale(train_openings=200, heldout_openings=40, samples_per_opening=4, joint_settings={})
+FULL = Scale(train_openings=200, heldout_openings=40, samples_per_opening=5, joint_settings={})
 QUICK = Scale(
     train_openings=8,
     heldout_openings=4,
