@@ -123,6 +123,13 @@ def test_long_pairs_lose_the_left_of_their_prompt(tmp_path):
     assert TOKENIZER.decode(split.train[0].chosen.ids).endswith("good")
 
 
+def test_bad_rows_are_dropped_only_where_asked_for_and_are_counted(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": other} for other in ("b", "", "c")]
+    split = pairs(tmp_path / "p.jsonl", rows, bad_rows="drop")
+    assert (split.bad, len(split.train)) == (2, 1)
+    assert split.report() == ["2 rows could not be used and were dropped (data.bad_rows)."]
+
+
 def test_dropped_rows_are_counted(tmp_path):
     rows = [{"text": "a"}, {"text": "the film was slow " * 20}]
     split = examples(tmp_path / "s.jsonl", rows, max_tokens=10, too_long="drop")

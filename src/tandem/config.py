@@ -100,6 +100,11 @@ class RowsSection(Section):
         "refuse",
         description="what to do with a longer row; truncated and dropped rows are counted and reported",
     )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="what to do with a row that cannot be used (an empty answer, equal answers, a wrong role); "
+        "dropped ones are counted and reported",
+    )
 
 
 class SftConfig(Section):

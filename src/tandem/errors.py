@@ -8,5 +8,9 @@ class InputError(Exception):
     """
 
 
+class BadRowError(InputError):
+    """A row of data cannot be used; the message says where it stands."""
+
+
 class RunError(Exception):
     """A run that began well could not go on: exit status 1."""

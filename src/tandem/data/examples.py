@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem.config import RowsSection
 from tandem.data.rows import Row, hold_out, missing_columns, read_rows
-from tandem.errors import InputError
+from tandem.errors import BadRowError, InputError
 from tandem.text import Text, answered_ids, conversation_ids, prompt_ids, taught_ids
 
 
@@ -45,12 +45,22 @@ Item = TypeVar("Item", Example, Pair)
 
 @dataclass(frozen=True)
 class SplitRows(Generic[Item]):
-    """What trains, what is held out, and how many rows were truncated or dropped for their length."""
+    """What trains, what is held out, and how many rows were truncated, dropped for their length, or dropped as bad."""
 
     train: list[Item]
     heldout: list[Item]
     truncated: int
     dropped: int
+    bad: int
+
+    def report(self) -> list[str]:
+        """What happened to rows that are not as they were given, for the person to read."""
+        said = {
+            f"{self.truncated} rows were longer than data.max_tokens and truncated.": self.truncated,
+            f"{self.dropped} rows were longer than data.max_tokens and dropped.": self.dropped,
+            f"{self.bad} rows could not be used and were dropped (data.bad_rows).": self.bad,
+        }
+        return [line for line, count in said.items() if count]
 
 
 def read_examples(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> SplitRows[Example]:
@@ -58,12 +68,12 @@ def read_examples(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: i
 
     Of a text every token is learnt, of the others the answer's tokens; EOS is learnt with them.
     """
-    counts = {"truncated": 0, "dropped": 0}
+    counts = {"truncated": 0, "dropped": 0, "bad": 0}
 
     def read(source: str, key: str, split: str) -> list[Example]:
-        found = (_example(row, tokenizer) for row in read_rows(source, key, split, data.columns))
-        fitted = (_fit_example(row, example, data, counts) for row, example in found)
-        return _not_empty([example for example in fitted if example is not None], source, key)
+        rows = read_rows(source, key, split, data.columns)
+        examples = _usable(rows, lambda row: _fit_example(row, _example(row, tokenizer), data, counts), data, counts)
+        return _not_empty(examples, source, key)
 
     return _split(read, data, seed, counts, key=id)
 
@@ -82,13 +92,31 @@ def _split(
     return SplitRows(train, heldout, **counts)
 
 
+def _usable(
+    rows: Sequence[Row], make: Callable[[Row], Item | None], data: RowsSection, counts: dict[str, int]
+) -> list[Item]:
+    """What the rows make, but for those that were dropped, which are counted."""
+    made: list[Item] = []
+    for row in rows:
+        try:
+            item = make(row)
+        except BadRowError:
+            if data.bad_rows == "refuse":
+                raise
+            counts["bad"] += 1
+            continue
+        if item is not None:
+            made.append(item)
+    return made
+
+
 def _not_empty(items: list[Item], source: str, key: str) -> list[Item]:
     if not items:
-        raise InputError(f"{key} = {source!r}: every row is longer than data.max_tokens.")
+        raise InputError(f"{key} = {source!r}: no row is left: all were dropped as bad or longer than data.max_tokens.")
     return items
 
 
-def _example(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[Row, Example]:
+def _example(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
     columns = row.columns
     if "messages" in columns:
         messages = row.text("messages")
@@ -104,7 +132,7 @@ def _example(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[Row, Example
         ids, taught = taught_ids(tokenizer, "", text)
     else:
         raise missing_columns(row, ["'text'", "'messages'", "'prompt' and 'completion'"])
-    return row, Example(tuple(ids), tuple(taught))
+    return Example(tuple(ids), tuple(taught))
 
 
 def _answer(row: Row, column: str) -> str:
@@ -146,12 +174,12 @@ def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int)
 
     A pair that is too long and truncated loses tokens from the left of its prompt, so that the answers' ends stay.
     """
-    counts = {"truncated": 0, "dropped": 0}
+    counts = {"truncated": 0, "dropped": 0, "bad": 0}
 
     def read(source: str, key: str, split: str) -> list[Pair]:
         rows = read_rows(source, key, split, data.columns)
-        fitted = (_fit_pair(row, _pair(row, tokenizer), data, counts) for row in rows)
-        return _not_empty([pair for pair in fitted if pair is not None], source, key)
+        pairs = _usable(rows, lambda row: _fit_pair(row, _pair(row, tokenizer), data, counts), data, counts)
+        return _not_empty(pairs, source, key)
 
     return _split(read, data, seed, counts, key=lambda pair: pair.prompt)
 
@@ -162,7 +190,10 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> Pair:
             raise missing_columns(row, ["'chosen' and 'rejected' (and, for plain text, 'prompt')"])
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if chosen == rejected:
-        raise row.refuse("'chosen' and 'rejected' are the same, so the row prefers nothing.")
+        raise row.refuse(
+            "'chosen' and 'rejected' are the same, so the row prefers nothing; mend it, or set data.bad_rows = "
+            '"drop".'
+        )
     if row.columns.get("prompt") is not None:
         prompt = row.text("prompt")
         first, second = (_after_prompt(row, prompt, answer) for answer in (chosen, rejected))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tandem.errors import InputError
+from tandem.errors import BadRowError, InputError
 from tandem.text import Text
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -24,8 +24,8 @@ class Row:
     columns: Mapping[str, Any]
     place: str
 
-    def refuse(self, problem: str) -> InputError:
-        return InputError(f"{self.place}: {problem}")
+    def refuse(self, problem: str) -> BadRowError:
+        return BadRowError(f"{self.place}: {problem}")
 
     def text(self, column: str) -> Text:
         """A non-empty string or conversation. Raises InputError where it is neither."""

@@ -40,9 +40,8 @@ def run_reward(config: RewardConfig, progress: Progress) -> dict[str, Any]:
     device = pick_device(config.compute.device)
     tokenizer = load_tokenizer(config.model, "model")
     rows = read_pairs(config.data, tokenizer, config.run.seed)
-    for what, count in (("truncated", rows.truncated), ("dropped", rows.dropped)):
-        if count:
-            progress.say(f"{count} pairs were longer than data.max_tokens and {what}.")
+    for line in rows.report():
+        progress.say(line)
     with progress.console.status("loading the model"):
         learner = build(config, device)
     answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))

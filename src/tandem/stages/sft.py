@@ -37,9 +37,8 @@ def run_sft(config: SftConfig, progress: Progress) -> dict[str, Any]:
     device = pick_device(config.compute.device)
     tokenizer = load_tokenizer(config.model, "model")
     rows = read_examples(config.data, tokenizer, config.run.seed)
-    for what, count in (("truncated", rows.truncated), ("dropped", rows.dropped)):
-        if count:
-            progress.say(f"{count} rows were longer than data.max_tokens and {what}.")
+    for line in rows.report():
+        progress.say(line)
     with progress.console.status("loading the model"):
         trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device))
     check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
