@@ -75,10 +75,129 @@ def test_gae_at_the_ends_of_lambda():
 
 def test_score_is_paid_at_the_last_token_and_kl_at_every_one():
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    logprobs, reference = torch.full((2, 3), -1.0), torch.full((2, 3), -1.5)
-    rewards = algo.token_rewards(torch.tensor([3.0, 4.0]), logprobs, reference, mask, 0.1)
-    expected = torch.tensor([[-0.05, 2.95, 0.0], [-0.05, -0.05, 3.95]])
-    assert torch.allclose(rewards, expected)
+    penalties, process = torch.full((2, 3), 0.05), torch.tensor([[1.0, 0.0, 9.0], [0.0, 2.0, 0.0]])
+    rewards = algo.token_rewards(torch.tensor([3.0, 4.0]), mask, penalties=penalties)
+    assert torch.allclose(rewards, torch.tensor([[-0.05, 2.95, 0.0], [-0.05, -0.05, 3.95]]))
+    rewards = algo.token_rewards(torch.tensor([3.0, 4.0]), mask, penalties=penalties, process_rewards=process)
+    assert torch.allclose(rewards, torch.tensor([[0.95, 2.95, 0.0], [-0.05, 1.95, 3.95]]))
+
+
+@pytest.mark.parametrize(("ratio", "gradient"), [(0.5, 0.0), (1.5, -1.0), (2.9, -1.0), (3.1, 0.0)])
+def test_dual_clip_bounds_what_a_bad_token_can_cost(ratio, gradient):
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    clip = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}
+    loss = algo.ppo_policy_loss(logprobs, old, -torch.ones(1, 1, dtype=torch.float64), mask, **clip)
+    loss.total.backward()
+    assert -logprobs.grad.item() / ratio == pytest.approx(gradient)
+    assert loss.total.item() == pytest.approx(min(max(ratio, 0.8), 3.0))
+    assert loss.clipped.item() == (gradient == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "gradient"), [(1.0, 0.5, 1.0), (1.0, 1.5, 0.0), (-1.0, 0.5, -1.0), (-1.0, 1.5, 0.0)]
+)
+def test_the_textbooks_clip_is_wrong_for_negative_advantages(advantage, ratio, gradient):
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    loss = algo.book_policy_loss(logprobs, old, torch.full((1, 1), advantage), mask, clip_low=0.2, clip_high=0.2)
+    loss.total.backward()
+    assert -logprobs.grad.item() / ratio == pytest.approx(gradient)
+
+
+def test_clipped_value_loss_takes_the_larger_error():
+    values = torch.tensor([[1.0, 1.0, 0.3]], requires_grad=True)
+    old, mask = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[True, True, True]])
+    loss = algo.clipped_value_loss(values, old, torch.tensor([[2.0, 0.0, 0.0]]), mask, clip=0.5)
+    assert loss.total.item() == pytest.approx((1.5**2 + 1.0**2 + 0.3**2) / 2)
+    loss.total.backward()
+    assert values.grad.tolist()[0] == pytest.approx([0.0, 1.0, 0.3])
+    assert loss.clipped.item() == 1
+
+
+def test_importance_weights_are_truncated():
+    mask = torch.tensor([[True, True, False]])
+    found = algo.importance_weights(torch.tensor([[0.0, 0.0, 5.0]]), torch.tensor([[-2.0, 1.0, 0.0]]), mask, cap=2.0)
+    assert found.tolist()[0] == pytest.approx([2.0, math.exp(-1), 1.0])
+
+
+def test_histogram_says_what_it_is_told():
+    histogram = algo.Histogram(low=-2.0, high=3.0, bins=50, sigma=0.75)
+    targets = torch.tensor([-1.0, 0.0, 1.234, 2.5], dtype=torch.float64)
+    probabilities = histogram.probabilities(targets)
+    assert torch.allclose(probabilities.sum(-1), torch.ones(4, dtype=torch.float64))
+    assert torch.allclose(histogram.mean(probabilities.log()), targets, atol=1e-2)
+    assert histogram.outside(torch.tensor([[-3.0, 0.0, 4.0]]), torch.tensor([[True, True, False]])) == 1
+
+
+def test_histogram_loss_is_least_at_the_target():
+    histogram = algo.Histogram(low=-2.0, high=2.0, bins=20, sigma=0.75)
+    targets, mask = torch.tensor([[0.7]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    logits = histogram.probabilities(targets).log().requires_grad_()
+    algo.histogram_value_loss(logits, targets, mask, histogram).backward()
+    assert logits.grad.abs().max() < 1e-12
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 1000))
+def test_running_moments_are_those_of_the_whole(sizes, seed):
+    random = torch.Generator().manual_seed(seed)
+    parts = [3 + 2 * torch.randn(size, generator=random, dtype=torch.float64) for size in sizes]
+    moments = algo.RunningMoments()
+    for part in parts:
+        moments = moments.after(part)
+    whole = torch.cat(parts)
+    assert moments.mean == pytest.approx(float(whole.mean()))
+    assert moments.variance == pytest.approx(float(whole.var(correction=0)), abs=1e-12)
+
+
+def test_moments_with_a_memory_follow_a_drift():
+    moments = algo.RunningMoments(memory=100.0)
+    for scale in (1.0,) * 20 + (50.0,) * 20:
+        moments = moments.after(scale * torch.tensor([-1.0, 1.0]).repeat(25))
+    assert moments.std == pytest.approx(50.0, rel=0.05)
+
+
+def test_epochs_follow_the_explained_variance():
+    schedule = algo.AdaptiveEpochs(epochs=2, least=1, most=7, raise_below=0.3, lower_above=0.7)
+    course = []
+    for explained in (0.1, -5.0, 0.5, float("nan"), 0.9, 0.9, 0.9):
+        schedule = schedule.after(explained)
+        course.append(schedule.epochs)
+    assert course == [4, 7, 7, 7, 3, 1, 1]
+
+
+def test_length_adaptive_lambda():
+    found = algo.length_adaptive_lambda(torch.tensor([1, 20, 40, 2000]), alpha=0.05)
+    assert found.tolist() == pytest.approx([0.0, 0.0, 0.5, 0.99])
+
+
+def test_gae_takes_a_lambda_for_each_sequence():
+    rewards, values = torch.randn(2, 3, 5, dtype=torch.float64).unbind(0)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    found = algo.gae(rewards, values, mask, gamma=1.0, lam=torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    for row, lam in enumerate((0.0, 0.5, 1.0)):
+        assert torch.allclose(found[row], algo.gae(rewards, values, mask, gamma=1.0, lam=lam)[row])
+
+
+def test_critic_quality_by_position_and_decile():
+    random = torch.Generator().manual_seed(0)
+    values = torch.randn(50, 8, generator=random)
+    mask = torch.arange(8)[None] < torch.tensor([8, 4]).repeat(25)[:, None]
+    outcomes = values.clone()
+    outcomes[:, 4:] = torch.randn(50, 4, generator=random)
+    outcomes[1::2, 2:4] = torch.randn(25, 2, generator=random)
+    first, second, third, fourth = algo.explained_variance_by_position(values, outcomes, mask, 4)
+    assert first == pytest.approx(1.0)
+    assert second == pytest.approx(1.0)
+    assert third < 0.1
+    assert fourth < 0.1
+    groups = algo.calibration(values, 2 * values + 1, mask)
+    assert sum(group.tokens for group in groups) == int(mask.sum())
+    for group in groups:
+        assert group.earned == pytest.approx(2 * group.predicted + 1, abs=1e-5)
+    assert [group.predicted for group in groups] == sorted(group.predicted for group in groups)
+    assert algo.calibration_error(algo.calibration(values, values, mask)) == 0.0
 
 
 def test_kl_estimators_agree_in_expectation():

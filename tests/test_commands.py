@@ -229,13 +229,79 @@ def test_ppo_on_conversations_with_weighted_rewards(tiny, reward_model, tmp_path
     assert main(words) == 0
     last = read_metrics(tmp_path / "ppo")[-1]
     assert {"objective/score/reward_model", "objective/score/reward"} <= last.keys()
-    assert last["objective/score"] <= last["objective/score/reward_model"] + 1e-5
+    assert last["objective/shaped_score"] <= last["objective/score/reward_model"] + 1e-5
 
 
 def test_ppo_in_bfloat16_with_a_truncated_distribution(tiny, tmp_path):
     words = ppo_words(tmp_path, tiny(), *with_function(tmp_path), "--compute.precision=bfloat16", "--rollout.top_k=20")
     assert main([*words, "--rollout.temperature=0.8", "--sharing.mode=adapters", "--adapters.upper_layers=1"]) == 0
     assert read_metrics(tmp_path / "ppo")[0]["policy/ratio_max"] < 1.5
+
+
+@pytest.mark.parametrize("more", [[], ["--sharing.head_gradient=stop"], ["--adapters.rank=4"]], ids=str)
+def test_a_value_head_on_the_policy(tiny, tmp_path, more):
+    words = ppo_words(tmp_path, tiny("qwen2"), *with_function(tmp_path), "--sharing.mode=head", *more)
+    assert (
+        main([*words, "--value.warmup.steps=1", "--value.lr=0.01", f"--data.eval_prompts={prompt_file(tmp_path)}"]) == 0
+    )
+    warmup, joint, _ = read_metrics(tmp_path / "ppo")
+    assert (warmup["value/warming_up"], joint["value/warming_up"]) == (1.0, 0.0)
+    assert warmup["objective/kl"] == joint["objective/kl"] == 0.0
+    assert "policy/loss" not in warmup
+    cosine = joint.get("policy/value_gradient_cosine")
+    assert cosine is None if "--sharing.head_gradient=stop" in more else -1 <= cosine <= 1
+    assert (tmp_path / "ppo" / "model" / "adapter").exists() == ("--adapters.rank=4" in more)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "ppo" / "value_model")
+
+
+def test_every_option_of_the_losses_and_rewards(tiny, reward_model, tmp_path):
+    words = ppo_words(tmp_path, tiny(), f"--rewards.0.model={reward_model}", "--rewards.0.center=true")
+    words += ["--score.normalize=running", "--score.clip=2.0", "--score.overlong_from=2", "--score.reference_samples=6"]
+    words += ["--kl.placement=loss", "--kl.estimator=k2", "--policy.entropy_coefficient=0.01", "--policy.dual_clip=3.0"]
+    words += ["--policy.importance_cap=2.0", "--policy.max_approx_kl=1e-12", "--policy.epochs=3", "--policy.lr=0.01"]
+    words += ["--value.normalize=true", "--value.clip=0.5", "--advantage.length_adaptive=0.5"]
+    words += ["--value.adaptive.max_epochs=4", "--value.adaptive.raise_below=1.0", "--value.adaptive.lower_above=2.0"]
+    assert main([*words, "--advantage.baseline=adaptive"]) == 0
+    first, second = read_metrics(tmp_path / "ppo")
+    assert first["value/epochs"] == 1
+    assert second["value/epochs"] == 2
+    assert first["policy/updates"] == 1
+    assert first["policy/stopped_early"] == 0.5
+    assert {"policy/kl_loss", "policy/exact_entropy", "value/clipfrac", "calibration/earned_10"} <= second.keys()
+    assert abs(first["objective/shaped_score"]) < 2.0
+    note = json.loads((tmp_path / "ppo" / "value_model" / "value.json").read_text())
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ppo" / "value_model")
+    kept = [json.loads(line) for line in (tmp_path / "ppo" / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    ids = torch.tensor([kept[0]["prompt_ids"]])
+    value = model(input_ids=ids).logits[0, 0].item() + note["add"]
+    assert value == pytest.approx(kept[0]["values"][0], abs=1.0)
+
+
+def test_categorical_values_and_process_rewards(tiny, tmp_path):
+    body = "return [[(len(r) // 2, 0.5), (len(r), 1.0)] for r in responses]"
+    words = [*ppo_words(tmp_path, tiny()), *with_function(tmp_path, body), "--value.loss=hl_gauss"]
+    words += ["--value.histogram.low=-3.0", "--value.histogram.high=3.0", "--value.histogram.bins=13"]
+    assert main([*words, "--rollouts_to_save=12", "--rollout.responses_per_prompt=3"]) == 0
+    kept = [json.loads(line) for line in (tmp_path / "ppo" / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    for sample in kept:
+        assert sum(sample["rewards"]) == pytest.approx(1.5, abs=1e-4)
+        assert sum(reward > 0 for reward in sample["rewards"]) in (1, 2)
+    assert read_metrics(tmp_path / "ppo")[0]["objective/score"] == pytest.approx(1.5, abs=1e-4)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "ppo" / "value_model").config.num_labels == 13
+    more = [f"--value.pretraining.rollouts={tmp_path / 'ppo' / 'rollouts'}", "--value.pretraining.epochs=20"]
+    words = [word for word in words if not word.startswith("--run.directory")]
+    assert main([*words, *more, "--value.lr=0.01", f"--run.directory={tmp_path / 'second'}"]) == 0
+    learnt = json.loads((tmp_path / "second" / "summary.json").read_text())["value_pretraining"]
+    assert learnt["rollouts"] == 22
+    values = [row["value/mean"] for row in read_metrics(tmp_path / "second")]
+    assert values[0] > 0.5
+
+
+def test_value_warmup_ends_on_its_criterion(tiny, tmp_path, capsys):
+    words = ppo_words(tmp_path, tiny(), *with_function(tmp_path), "--value.warmup.steps=9")
+    assert main([*words, "--value.warmup.explained_variance=-100.0"]) == 0
+    assert "warm-up ends after 1 steps" in capsys.readouterr().out
+    assert [row["value/warming_up"] for row in read_metrics(tmp_path / "ppo")] == [1.0, 0.0, 0.0]
 
 
 def test_generate_answers_prompts(tiny, capsys):
@@ -309,6 +375,22 @@ def test_bad_input_is_one_message(tiny, reward_model, tmp_path, capsys, monkeypa
         "another tokenizer": ppo_words(tmp_path, model, f"--rewards.0.model={stranger}"),
         "upper_layers = 99": ppo_words(
             tmp_path, model, *with_function(tmp_path), "--sharing.mode=adapters", "--adapters.upper_layers=99"
+        ),
+        "lie outside": ppo_words(
+            tmp_path,
+            model,
+            *with_function(tmp_path),
+            "--value.loss=hl_gauss",
+            "--value.histogram={low=90.0, high=91.0}",
+        ),
+        "among its process rewards": ppo_words(
+            tmp_path, model, *with_function(tmp_path, "return [[(len(r) + 1, 1.0)] for r in responses]")
+        ),
+        "pretraining.rollouts": ppo_words(
+            tmp_path, model, *with_function(tmp_path), f"--value.pretraining.rollouts={tmp_path / 'nothing'}"
+        ),
+        "is no rollout": ppo_words(
+            tmp_path, model, *with_function(tmp_path), f"--value.pretraining.rollouts={prompt_file(tmp_path)}"
         ),
         "cuda": ppo_words(tmp_path, model, *with_function(tmp_path), "--compute.device=cuda:7"),
         "no prompt": ["generate", str(model)],

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from tandem.config import PpoConfig, RewardConfig, SftConfig, fields_of, load_config, without_none
+from tandem.config import PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError
+from tandem.recipe import fields_of, load_config, without_none
 
 SMALLEST = ["--policy.model", "m", "--data.prompts", "p.jsonl", "--rewards.0.model", "r"]
 
@@ -53,7 +54,7 @@ def test_resolved_configuration_reads_back_the_same():
         (["--steps", "2.5"], ["steps = 2.5", "valid integer"]),
         (["--steps", "0"], ["steps = 0", "greater than or equal to 1"]),
         (["--steps", "true"], ["steps", "valid integer"]),
-        (["--sharing.mode", "both"], ["sharing.mode = 'both'", "'separate' or 'adapters'"]),
+        (["--sharing.mode", "both"], ["sharing.mode = 'both'", "'separate', 'adapters' or 'head'"]),
         (["--rewards", "[]"], ["rewards = []", "at least 1"]),
         (["--rewards.0.function", "f.py:g"], ["either model or function"]),
         (["--rewards", '[{function="f.py:g"}]'], ['value.start = "policy"']),
@@ -67,8 +68,19 @@ def test_resolved_configuration_reads_back_the_same():
         (["--policy.betas", "[0.9]"], ["policy.betas", "at least 2"]),
         (
             ["--advantage.at_limit=bootstrap", "--score.missing_eos_penalty=1"],
-            ["missing_eos_penalty has no effect"],
+            ["score.missing_eos_penalty", "have no effect"],
         ),
+        (["--kl.placement=loss"], ['kl.estimator = "k2"']),
+        (["--score.overlong_from=128"], ["overlong_from = 128 must be less than"]),
+        (["--value.loss=hl_gauss"], ["value.histogram"]),
+        (["--value.histogram.low=1.0", "--value.histogram.high=0.0"], ["low must be less than high"]),
+        (["--value.loss=hl_gauss", "--value.histogram={low=0.0,high=1.0}", "--value.clip=1"], ["value.clip"]),
+        (["--value.adaptive.max_epochs=2", "--value.epochs=3"], ["less than value.epochs"]),
+        (["--sharing.mode=head"], ["sharing.mode", 'value.start = "policy"']),
+        (["--sharing.mode=head", "--value.start=policy", "--value.epochs=2"], ["must be the policy's"]),
+        (["--sharing.head_gradient=stop"], ["leave it out"]),
+        (["--policy.dual_clip=1.0"], ["policy.dual_clip", "greater than 1"]),
+        (["--preset=boook"], ["preset = 'boook'"]),
     ],
 )
 def test_what_is_refused_is_named(words, said):
@@ -106,3 +118,11 @@ def test_every_field_is_described(kind):
 def test_recipes_in_the_repository_are_valid(path):
     kind = {"sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}[path.stem.split("-")[0]]
     assert load_config(kind, path, [])
+
+
+def test_a_preset_holds_where_the_recipe_is_silent():
+    found = load_config(PpoConfig, None, [*SMALLEST, "--preset=book", "--advantage.lambda_value=0.5"])
+    assert found.policy.loss == "book"
+    assert (found.kl.placement, found.kl.estimator) == ("loss", "k1")
+    assert (found.advantage.lambda_policy, found.advantage.lambda_value) == (0.0, 0.5)
+    assert load_config(PpoConfig, None, SMALLEST).policy.loss == "ppo"

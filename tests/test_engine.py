@@ -10,9 +10,9 @@ from tandem.config import OptimizerSection
 from tandem.engine.local import LocalEngine, ParameterGroup, schedule_factor
 
 
-def engine(parameter, updates=10, **settings) -> LocalEngine:
+def engine(parameter, **settings) -> LocalEngine:
     options = OptimizerSection(**settings)
-    return LocalEngine([ParameterGroup([parameter], options.lr)], options, updates)
+    return LocalEngine([ParameterGroup([parameter], options.lr)], options)
 
 
 def test_gradients_of_micro_batches_add_up_and_are_clipped():
@@ -27,7 +27,7 @@ def test_gradients_of_micro_batches_add_up_and_are_clipped():
 
 def test_steps_too_small_for_bfloat16_are_not_lost():
     parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    made = engine(parameter, lr=1e-4, updates=100)
+    made = engine(parameter, lr=1e-4)
     for _ in range(100):
         made.backward(parameter.sum())
         made.step()
@@ -43,9 +43,32 @@ def test_schedules():
     assert schedule_factor(7, 10, OptimizerSection()) == 1.0
 
 
+def test_progress_sets_the_rates_of_all_groups():
+    body, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    settings = OptimizerSection(lr=0.1, schedule="linear")
+    made = LocalEngine([ParameterGroup([body], 0.1), ParameterGroup([head], 0.3)], settings)
+    made.set_progress(3, 4)
+    assert made.lr == pytest.approx(0.025)
+    made.backward((body + head).sum())
+    made.step()
+    assert (body.item(), head.item()) == pytest.approx((-0.025, -0.075), rel=1e-4)
+
+
+def test_discarded_gradients_move_nothing():
+    parameter = nn.Parameter(torch.zeros(1))
+    made = engine(parameter, lr=0.1)
+    made.backward(3 * parameter.sum())
+    assert made.gradient().tolist() == [3.0]
+    made.discard()
+    assert made.gradient().tolist() == [0.0]
+    made.backward(0 * parameter.sum())
+    made.step()
+    assert parameter.item() == 0.0
+
+
 def test_groups_keep_their_own_rates():
     body, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    made = LocalEngine([ParameterGroup([body], 0.1), ParameterGroup([head], 0.3)], OptimizerSection(lr=0.1), 1)
+    made = LocalEngine([ParameterGroup([body], 0.1), ParameterGroup([head], 0.3)], OptimizerSection(lr=0.1))
     made.backward((body + head).sum())
     made.step()
     assert (body.item(), head.item()) == pytest.approx((-0.1, -0.3), rel=1e-4)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tandem"
-FOUNDATION = {"types", "errors", "config", "text", "__init__"}
+FOUNDATION = {"types", "errors", "config", "recipe", "text", "__init__"}
 MIDDLE = {"data", "models", "rollout", "rewards", "engine", "run"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
     "__init__": set(),
-    "config": {"errors"},
+    "config": set(),
+    "recipe": {"config", "errors"},
     "text": {"errors"},
     "algo": {"algo"},
     **{room: FOUNDATION | {"algo", room} for room in MIDDLE},

@@ -5,171 +5,242 @@ from __future__ import annotations
 import pytest
 import torch
 
-from table import (
+from oracles.settings import COUNTER_ROWS, TREE_ROWS, Row
+from oracles.tabular import (
     PROMPT,
     TablePolicy,
     TableValue,
-    all_sequences,
+    all_rollouts,
+    counter,
     divergence,
     objective,
+    occupancy,
     optimum,
-    prefixes,
-    random_task,
-    sample_rollouts,
     score_rollouts,
-    sequence_logprobs,
+    states_of,
+    tree,
+    value_of,
 )
+from oracles.training import BUDGET, Setup, train
 from tandem import algo
-from tandem.config import AdvantageSection, OptimizerSection
+from tandem.config import AdvantageSection, KlSection, OptimizerSection, PolicySection
 from tandem.engine.local import LocalEngine, ParameterGroup
-from tandem.stages.joint import (
-    PolicyLearner,
-    ValueLearner,
-    estimate_advantages,
-    evaluate,
-    update,
-    update_policy,
-)
-from tandem.types import Batch, Rollout, Scores
-
-BUDGET = 10**9
+from tandem.stages.joint import estimate_advantages, evaluate
+from tandem.stages.measure import measure
+from tandem.stages.update import PolicyLearner, policy_objective, update_policy
+from tandem.types import Batch, Rollout, Scores, Trajectories
 
 
 @pytest.fixture
 def task():
-    return random_task(seed=0)
+    return tree(seed=0)
 
 
-def everything(task) -> list[Rollout]:
-    return [Rollout(PROMPT, tuple(row), (0.0,) * task.horizon, "", True) for row in all_sequences(task).tolist()]
-
-
-def exact_value(tables, task) -> TableValue:
-    """V of a policy under the shaped reward, by dynamic programming."""
+def exact_value(table, task) -> TableValue:
     value = TableValue(task)
-    following = task.reward
     with torch.no_grad():
-        for t in reversed(range(task.horizon)):
-            shaped = following.view(-1, task.vocabulary) - task.beta * (tables[t] - task.reference[t])
-            following = (tables[t].exp() * shaped).sum(-1)
-            value.values_by_step[t].copy_(following)
+        value.answers.copy_(value_of(table, task))
     return value
 
 
-def batch_of(tables, value, task, settings: AdvantageSection) -> Batch:
-    rollouts = everything(task)
-    policy, reference = TablePolicy(tables), TablePolicy(task.reference)
+def everything(table, value, task) -> tuple[Trajectories, Scores]:
+    rollouts = all_rollouts(task)
+    policy, reference = TablePolicy(table, task), TablePolicy(task.reference, task)
     scores = score_rollouts(rollouts, task)
-    return estimate_advantages(evaluate(rollouts, scores, policy, reference, value, BUDGET), settings, task.beta)
+    return evaluate(rollouts, scores, policy, reference, value, BUDGET), scores
+
+
+def batch_of(table, value, task, **settings) -> Batch:
+    trajectories, _ = everything(table, value, task)
+    return estimate_advantages(trajectories, AdvantageSection(**settings), KlSection(coefficient=task.beta))
+
+
+def sequence_probabilities(table, task) -> torch.Tensor:
+    rollouts = all_rollouts(task)
+    scores = score_rollouts(rollouts, task)
+    policy = TablePolicy(table, task)
+    return evaluate(rollouts, scores, policy, policy, TableValue(task), BUDGET).logprobs.sum(1).exp()
+
+
+def a_policy(task) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn_like(task.reference).log_softmax(-1)
 
 
 def test_dynamic_programming_is_the_closed_form(task):
     values, policy = optimum(task)
-    weights = sequence_logprobs(task.reference) + task.reward / task.beta
+    rewards = score_rollouts(all_rollouts(task), task).total
+    weights = sequence_probabilities(task.reference, task).log() + rewards / task.beta
     assert torch.allclose(values[0], task.beta * weights.logsumexp(0), atol=1e-10)
-    assert torch.allclose(sequence_logprobs(policy), weights.log_softmax(0), atol=1e-10)
+    assert torch.allclose(sequence_probabilities(policy, task).log(), weights.log_softmax(0), atol=1e-10)
 
 
-def test_td_errors_vanish_at_the_optimum(task):
+def test_td_errors_and_certificate_vanish_at_the_optimum(task):
     values, policy = optimum(task)
     best = TableValue(task)
     with torch.no_grad():
-        for parameter, exact in zip(best.values_by_step, values, strict=True):
-            parameter.copy_(exact)
-    td_errors = batch_of(policy, best, task, AdvantageSection(lambda_policy=0.0)).advantages
-    assert td_errors.abs().max() < 1e-10
+        best.answers.copy_(values)
+    assert batch_of(policy, best, task, lambda_policy=0.0).advantages.abs().max() < 1e-10
+    trajectories, scores = everything(policy, best, task)
+    kl = KlSection(coefficient=task.beta)
+    batch = estimate_advantages(trajectories, AdvantageSection(), kl)
+    found = measure(trajectories, batch, scores, AdvantageSection(), kl)
+    assert found["objective/certificate"] < 1e-10
+    for placement in ("reward", "loss"):
+        kl = KlSection(coefficient=task.beta, placement=placement, estimator="k2")
+        elsewhere = everything(a_policy(task), exact_value(a_policy(task), task), task)[0]
+        batch = estimate_advantages(elsewhere, AdvantageSection(), kl)
+        assert measure(elsewhere, batch, scores, AdvantageSection(), kl)["objective/certificate"] > 0.1
 
 
-def test_value_of_the_optimal_policy_is_the_optimal_value(task):
-    values, policy = optimum(task)
-    assert torch.allclose(exact_value(policy, task).values_by_step[0].detach(), values[0], atol=1e-10)
+@pytest.mark.parametrize("which", [tree(seed=0), counter()], ids=["tree", "counter"])
+def test_value_of_the_optimal_policy_is_the_optimal_value(which):
+    values, policy = optimum(which)
+    assert torch.allclose(value_of(policy, which)[0], values[0], atol=1e-10)
 
 
-def test_gap_of_any_policy_is_beta_times_its_divergence(task):
-    values, policy = optimum(task)
-    other = [torch.randn_like(table).log_softmax(-1) for table in policy]
-    gap = values[0].item() - objective(other, task)
-    assert torch.allclose(gap, task.beta * divergence(other, policy), atol=1e-10)
+@pytest.mark.parametrize("which", [tree(seed=0), counter()], ids=["tree", "counter"])
+def test_gap_of_any_policy_is_beta_times_its_divergence(which):
+    values, policy = optimum(which)
+    other = a_policy(which)
+    gap = values[0] - objective(other, which)
+    assert torch.allclose(gap, which.beta * divergence(other, policy, which), atol=1e-9)
+
+
+def test_the_counter_is_the_published_one():
+    task = counter()
+    assert optimum(task)[0][0].item() == pytest.approx(0.7539, abs=1e-4)
+    assert objective(task.reference, task).item() == pytest.approx(-0.1084, abs=1e-4)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-def test_expected_policy_gradient_is_the_objectives(task, lam):
-    torch.manual_seed(1)
-    tables = [torch.randn_like(table).log_softmax(-1) for table in task.reference]
-    policy = TablePolicy(tables)
-    objective(policy.tables(), task).backward()
-    exact = [logits.grad.clone() for logits in policy.logits]
-    batch = batch_of(tables, exact_value(tables, task), task, AdvantageSection(lambda_policy=lam))
-    probabilities = sequence_logprobs(tables).exp()[:, None]
+@pytest.mark.parametrize("loss", ["ppo", "a2c"])
+def test_expected_policy_gradient_is_the_objectives(task, lam, loss):
+    table = a_policy(task)
+    policy = TablePolicy(table, task)
+    objective(policy.table(), task).backward()
+    exact = policy.logits.grad.clone()
     policy.zero_grad()
-    loss = algo.ppo_policy_loss(
-        policy.logprobs(batch.tokens),
-        batch.logprobs,
-        batch.advantages * probabilities,
-        batch.tokens.mask,
-        clip_low=0.2,
-        clip_high=0.2,
-    )
-    loss.total.backward()
-    for logits, expected in zip(policy.logits, exact, strict=True):
-        assert torch.allclose(-logits.grad, expected, atol=1e-8)
+    batch = batch_of(table, exact_value(table, task), task, lambda_policy=lam)
+    weighted = weigh(batch, sequence_probabilities(table, task))
+    settings = PolicySection(model="table", loss=loss)
+    total = policy_objective(policy.logprobs(batch.tokens), None, weighted, settings, KlSection(), algo.Sums())
+    total.backward()
+    assert torch.allclose(-policy.logits.grad, exact, atol=1e-8)
+
+
+def weigh(batch: Batch, probabilities: torch.Tensor) -> Batch:
+    """A batch of all responses in which each counts as often as it is sampled."""
+    weights = probabilities[:, None].expand_as(batch.advantages)
+    return Batch(**{**vars(batch), "weights": weights})
+
+
+def kl_gradient(task, table, estimator: str) -> torch.Tensor:
+    policy = TablePolicy(table, task)
+    batch = weigh(batch_of(table, TableValue(task), task), sequence_probabilities(table, task))
+    estimate = algo.kl_estimate(policy.logprobs(batch.tokens), batch.reference_logprobs, estimator)
+    (estimate * batch.weights).sum().backward()
+    return policy.logits.grad
+
+
+def test_gradients_of_the_kl_estimators_are_what_their_docstring_says(task):
+    table = a_policy(task)
+    reached = torch.where(task.final, 0.0, occupancy(table, task))
+    forward, backward = (TablePolicy(table, task) for _ in range(2))
+    ours, reference = forward.table(), task.reference
+    (reached * (ours.exp() * (ours - reference)).sum(-1)).sum().backward()
+    theirs = backward.table()
+    (reached * (reference.exp() * (reference - theirs)).sum(-1)).sum().backward()
+    assert kl_gradient(task, table, "k1").abs().max() < 1e-10
+    assert torch.allclose(kl_gradient(task, table, "k2"), forward.logits.grad, atol=1e-10)
+    assert torch.allclose(kl_gradient(task, table, "k3"), backward.logits.grad, atol=1e-10)
+
+
+def test_entropy_bonus_has_the_gradient_of_the_entropy(task):
+    policy, exact = TablePolicy(a_policy(task), task), TablePolicy(a_policy(task), task)
+    batch = batch_of(a_policy(task), TableValue(task), task)
+    logprobs, entropies = policy.logprobs_and_entropies(batch.tokens)
+    settings = PolicySection(model="table", entropy_coefficient=0.5)
+    still = Batch(**{**vars(batch), "advantages": torch.zeros_like(batch.advantages)})
+    policy_objective(logprobs, entropies, still, settings, KlSection(), algo.Sums()).backward()
+    table = exact.table()
+    states = states_of(batch.tokens, task)[:, :-1]
+    (-0.5 * -(table.exp() * table).sum(-1)[states]).sum().backward()
+    assert torch.allclose(policy.logits.grad, exact.logits.grad, atol=1e-10)
 
 
 def test_update_does_not_depend_on_the_micro_batch(task):
     results = []
     for budget in (6, 60, BUDGET):
-        policy = TablePolicy(task.reference)
+        policy = TablePolicy(task.reference, task)
         optimizer = OptimizerSection(lr=0.1, max_grad_norm=1e9)
-        engine = LocalEngine([ParameterGroup(list(policy.parameters()), 0.1)], optimizer, 1)
-        batch = batch_of(task.reference, TableValue(task), task, AdvantageSection())
-        learner = PolicyLearner(policy, engine, 1, len(batch), 0.2, 0.2)
+        engine = LocalEngine([ParameterGroup(list(policy.parameters()), 0.1)], optimizer)
+        batch = batch_of(task.reference, TableValue(task), task)
+        learner = PolicyLearner(policy, engine, PolicySection(model="table", entropy_coefficient=0.1))
         sums = algo.Sums()
-        update_policy(learner, batch.select(torch.arange(40)), budget, sums)
-        results.append((torch.cat([p.detach().flatten() for p in policy.parameters()]), sums.means()))
+        kl = KlSection(placement="loss", estimator="k2")
+        assert update_policy(learner, batch.select(torch.arange(40)), kl, budget, sums)
+        results.append((policy.logits.detach(), sums.means()))
     for weights, metrics in results[1:]:
         assert torch.allclose(weights, results[0][0], atol=1e-12)
         assert metrics == pytest.approx(results[0][1])
 
 
-def test_joint_training_reaches_the_optimum(task):
-    seed, steps, count = 0, 200, 768
-    values, best = optimum(task)
-    random = torch.Generator().manual_seed(seed)
-    policy, value, reference = TablePolicy(task.reference), TableValue(task), TablePolicy(task.reference)
-    epochs = 4
-
-    def engine(model, lr):
-        settings = OptimizerSection(lr=lr, schedule="linear", max_grad_norm=1e9)
-        return LocalEngine([ParameterGroup(list(model.parameters()), lr)], settings, steps * epochs)
-
-    learners = (
-        PolicyLearner(policy, engine(policy, 0.05), epochs, count, 0.2, 0.2),
-        ValueLearner(value, engine(value, 0.1), epochs, count),
-    )
-    start = divergence(policy.tables(), best).item()
-    for _ in range(steps):
-        rollouts = sample_rollouts(policy, task, count, random)
-        trajectories = evaluate(rollouts, score_rollouts(rollouts, task), policy, reference, value, BUDGET)
-        batch = estimate_advantages(trajectories, AdvantageSection(), task.beta)
-        update(*learners, batch, BUDGET, random)
-    assert start > 1.0
-    assert divergence(policy.tables(), best).item() < 0.03
-    assert abs(value.values_by_step[0].item() - values[0].item()) < 0.02
-    occupancy = sequence_logprobs(policy.tables()).exp()
-    rows = prefixes(all_sequences(task), task.vocabulary)
-    errors = torch.stack(
-        [(value.values_by_step[t][rows[:, t]] - values[t][rows[:, t]]).square() for t in range(task.horizon)],
-        1,
-    )
-    assert (occupancy[:, None] * errors).sum(0).mean().sqrt() < 0.03
-
-
 def test_bootstrap_pays_no_score_at_the_limit():
-    task = random_task(seed=3, horizon=2)
+    task = tree(seed=3, horizon=2)
     rollouts = [Rollout(PROMPT, (0, 1), (0.0, 0.0), "", ended) for ended in (True, False)]
-    policy, value = TablePolicy(task.reference), TableValue(task, start=0.25)
+    policy, value = TablePolicy(task.reference, task), TableValue(task, start=0.25)
     trajectories = evaluate(rollouts, Scores(torch.tensor([1.0, 1.0]), {}), policy, policy, value, BUDGET)
-    batch = estimate_advantages(trajectories, AdvantageSection(at_limit="bootstrap", lambda_policy=0.0), 0.0)
+    settings = AdvantageSection(at_limit="bootstrap", lambda_policy=0.0)
+    batch = estimate_advantages(trajectories, settings, KlSection(coefficient=0.0))
     assert batch.rewards.tolist() == [[0.0, 1.0], [0.0, 0.0]]
     assert batch.advantages[0].tolist() == [0.0, 0.75]
     assert batch.advantages[1].tolist() == [0.0, 0.0]
+
+
+def row(rows: list[Row], name: str) -> Row:
+    return next(row for row in rows if row.name.startswith(name))
+
+
+def trained(rows: list[Row], name: str, steps: int, episodes: int, seed: int = 0):
+    """A row of the full table, on fewer and smaller steps."""
+    found = row(rows, name)
+    setup = Setup(
+        episodes=episodes,
+        steps=steps,
+        settings=found.setup.settings,
+        value_start=found.setup.value_start,
+        anchor_moves=found.setup.anchor_moves,
+    )
+    return train(found.task(), setup, seed)
+
+
+def test_joint_training_reaches_the_optimum():
+    found = trained(TREE_ROWS, "default", steps=150, episodes=768)
+    assert found.start_gap > 1.0
+    assert found.gap < 0.03
+    assert found.start_error < 0.02
+    assert found.value_rmse < 0.03
+    assert found.certificates[-1] < 0.2 * found.certificates[0]
+
+
+@pytest.mark.parametrize("name", ["A2C", "categorical value head", "normalised returns", "adaptive baseline"])
+def test_other_losses_reach_it_too(name):
+    assert trained(TREE_ROWS, name, steps=80, episodes=512).gap < 0.08
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("KL as a loss, k2", 0.5), ("book preset", 1.0), ("one theta_ref", 1.0), ("k2 in", 0.04)]
+)
+def test_wrong_settings_are_seen_to_fail(name, least):
+    assert trained(TREE_ROWS, name, steps=80, episodes=512).gap > least
+
+
+def test_a_biased_value_start_collapses_and_its_remedies_bring_it_back():
+    steps, episodes = 120, 256
+    default = trained(COUNTER_ROWS, "default", steps, episodes)
+    collapsed = trained(COUNTER_ROWS, "V starts at 3, TD(0) / TD(0)", steps, episodes)
+    assert default.gap < 1.0
+    assert collapsed.gap > 5 * default.gap
+    for remedy in ("the same, 12 value updates", "V starts at 3, TD(0), adaptive baseline", "V starts at 3, lambda"):
+        assert trained(COUNTER_ROWS, remedy, steps, episodes).gap < 0.4 * collapsed.gap

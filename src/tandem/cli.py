@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic_core import PydanticUndefined
 
 from tandem import __version__
-from tandem.config import PpoConfig, RewardConfig, SftConfig, fields_of, load_config
+from tandem.config import PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, RunError
+from tandem.recipe import fields_of, load_config
 
 if TYPE_CHECKING:
     from tandem.run import Progress

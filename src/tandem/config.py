@@ -1,21 +1,14 @@
-"""What a run can be told: one TOML file, any field overridden on the command line, all of it checked at once.
+"""What a run can be told, and what cannot be told together.
 
 A configuration is frozen. Names carry their unit; a field's description is what `--help` prints.
 """
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from tandem.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -170,15 +163,38 @@ class RolloutSection(Section):
 
 
 class ScoreSection(Section):
-    """From the reward's answer to the score at a sequence's last token."""
+    """From the reward's answer to the score at a sequence's last token, in this order: normalize, scale, clip, then
+    the penalties, which are in the units of the clipped score."""
 
+    normalize: Literal["none", "running"] = Field(
+        "none", description="running: less the mean and divided by the standard deviation of all scores so far"
+    )
+    scale: Positive = Field(1.0, description="multiplies scores and process rewards")
+    clip: Positive | None = Field(None, description="scores are clipped to [-clip, clip]")
     missing_eos_penalty: NonNegative = Field(0.0, description="taken off the score of a response cut at the limit")
+    overlong_from: Count | None = Field(
+        None,
+        description="responses longer than this lose up to overlong_penalty, in proportion to how near they come to "
+        "rollout.max_new_tokens",
+    )
+    overlong_penalty: NonNegative = Field(1.0, description="what a response of rollout.max_new_tokens loses")
+    reference_samples: Count = Field(
+        64, description="responses of the reference whose mean score is taken off rewards with center"
+    )
 
 
 class KlSection(Section):
     """How the policy is held near the reference."""
 
     coefficient: NonNegative = Field(0.05, description="beta: reward per nat of log-ratio to the reference")
+    placement: Literal["reward", "loss"] = Field(
+        "reward",
+        description="reward: at every token, so that advantages carry it; loss: a term of the policy's loss, which "
+        "does not see that a token leads to a larger KL later",
+    )
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1", description="k1 is right for the reward, k2 for the loss; k3 as a loss pulls by KL(reference, policy)"
+    )
     target: Positive | None = Field(
         None, description="KL in nats a sequence that the coefficient is adapted to hold (fixed if unset)"
     )
@@ -189,8 +205,20 @@ class AdvantageSection(Section):
     """Generalised advantage estimation (Schulman et al. 2015)."""
 
     gamma: Fraction = Field(1.0, description="discount; below 1 is a bias for a reward at the end")
-    lambda_policy: Fraction = Field(0.95, description="lambda of the advantages that train the policy")
-    lambda_value: Fraction = Field(1.0, description="lambda of the value targets; 1 is Monte-Carlo")
+    lambda_policy: Fraction = Field(
+        0.95, description="lambda of the advantages that train the policy; 0 is the TD error"
+    )
+    lambda_value: Fraction = Field(
+        1.0, description="lambda of the value targets; 1 is Monte-Carlo, 0 is TD(0), free of the policy's lambda"
+    )
+    length_adaptive: Positive | None = Field(
+        None, description="alpha: lambda_policy becomes 1 - 1 / (alpha * tokens of the response) (VAPO uses 0.05)"
+    )
+    baseline: Literal["value", "batch", "adaptive"] = Field(
+        "value",
+        description="value: GAE with the value model. batch: return less the batch's mean return. adaptive: batch in "
+        "every step in which the value model explains less than that mean does (EVPO)",
+    )
     whiten: bool = Field(False, description="scale advantages to mean 0 and variance 1 over the whole batch")
     at_limit: Literal["score", "bootstrap"] = Field(
         "score",
@@ -203,10 +231,68 @@ class PolicySection(OptimizerSection):
     """The policy's side of the joint update."""
 
     model: str = Field(description="directory or hub id of a causal language model")
+    loss: Literal["ppo", "a2c", "book"] = Field(
+        "ppo",
+        description="ppo: clipped ratio. a2c: log-probability times advantage. book: the textbook's clip, which "
+        "ignores the advantage's sign, for study",
+    )
     epochs: Count = Field(1, description="passes over a step's rollouts")
     sequences_per_minibatch: Count = Field(32, description="sequences in one optimiser step")
     clip_low: Positive = Field(0.2, description="ratios below 1 - clip_low earn no further gradient")
-    clip_high: Positive = Field(0.2, description="ratios above 1 + clip_high earn no further gradient")
+    clip_high: Positive = Field(
+        0.2, description="ratios above 1 + clip_high earn no further gradient; above clip_low it is clip-higher"
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="ratios above this stop counting where the advantage is negative (3 is usual)"
+    )
+    entropy_coefficient: NonNegative = Field(0.0, description="bonus per nat of entropy at each token")
+    max_approx_kl: Positive | None = Field(
+        None, description="a step's remaining policy updates are left out once KL(before, now) a token exceeds this"
+    )
+    importance_cap: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="weigh tokens by min(policy / generator, this): corrects for a generator whose log-probabilities "
+        "differ from the trainer's (2 is usual; no weights if unset)",
+    )
+
+
+class HistogramSection(Section):
+    """A categorical value head (HL-Gauss, Farebrother et al. 2024)."""
+
+    low: float = Field(description="lowest value that it can say; returns must lie within the range")
+    high: float = Field(description="highest value that it can say")
+    bins: Annotated[int, Field(ge=2)] = Field(51, description="bins of equal width")
+    sigma: Positive = Field(0.75, description="smoothing of the targets, in bin widths")
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low must be less than high, and {self.low:g} is not less than {self.high:g}")
+        return self
+
+
+class WarmupSection(Section):
+    """Steps before the first joint one in which only the value model learns."""
+
+    steps: Count = Field(description="value-only steps, at most where a criterion is set")
+    explained_variance: Annotated[float, Field(lt=1)] | None = Field(
+        None, description="end earlier, once this much is explained of rollouts that it was not yet trained on"
+    )
+
+
+class AdaptiveSection(Section):
+    """Value epochs that follow the explained variance: doubled while it is low, halved once it is high."""
+
+    max_epochs: Count = Field(8, description="most passes over a step's rollouts; value.epochs is the fewest")
+    raise_below: float = Field(0.3, description="explained variance under which epochs are doubled")
+    lower_above: float = Field(0.7, description="explained variance over which epochs are halved")
+
+
+class PretrainingSection(Section):
+    """Value learning on rollouts that an earlier run saved, before anything is sampled."""
+
+    rollouts: str = Field(description="a run's rollouts folder, or one of its .jsonl files")
+    epochs: Count = Field(1, description="passes over them; a tenth is held out to measure the explained variance")
 
 
 class ValueSection(OptimizerSection):
@@ -216,9 +302,25 @@ class ValueSection(OptimizerSection):
         "reward",
         description="start from the reward model (verified), or from the policy's trunk and a zero head",
     )
+    loss: Literal["mse", "hl_gauss"] = Field(
+        "mse", description="squared error, or cross-entropy over the bins of value.histogram"
+    )
+    histogram: HistogramSection | None = Field(None, description="the categorical head, where loss is hl_gauss")
+    clip: Positive | None = Field(
+        None, description="hold values within this of what they were before the step's updates (mse only)"
+    )
+    normalize: bool = Field(
+        False, description="learn in units of the returns' running mean and deviation (PopArt; mse only)"
+    )
     epochs: Count = Field(1, description="passes over a step's rollouts")
     sequences_per_minibatch: Count = Field(32, description="sequences in one optimiser step")
     head_lr: Positive | None = Field(None, description="learning rate of the scalar head (lr if unset)")
+    coefficient: Positive = Field(
+        0.1, description='weight of the value loss beside the policy loss, where sharing.mode is "head"'
+    )
+    warmup: WarmupSection | None = Field(None, description="value-only steps before the first joint one")
+    adaptive: AdaptiveSection | None = Field(None, description="value epochs that follow the explained variance")
+    pretraining: PretrainingSection | None = Field(None, description="value learning on saved rollouts")
 
 
 class RewardSource(Section):
@@ -227,6 +329,9 @@ class RewardSource(Section):
     model: str | None = Field(None, description="directory or hub id of a one-label sequence classifier")
     function: str | None = Field(None, description="module:function or path/to/file.py:function")
     weight: float = Field(1.0, description="multiplies the term")
+    center: bool = Field(
+        False, description="take off the mean score of responses that the reference gave before training"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -238,17 +343,23 @@ class RewardSource(Section):
 class SharingSection(Section):
     """How the four models share parameters."""
 
-    mode: Literal["separate", "adapters"] = Field(
+    mode: Literal["separate", "adapters", "head"] = Field(
         "separate",
         description="separate: four models. adapters: one frozen trunk, which is the reference, carrying the "
-        "others as LoRA adapters",
+        "others as LoRA adapters. head: the value model is a scalar head on the policy, one pass for both losses",
+    )
+    head_gradient: Literal["flow", "stop"] = Field(
+        "flow", description="whether the value loss reaches the policy's trunk, where mode is head"
     )
 
 
 class PpoConfig(Section):
     """The joint stage: policy and value model trained together under a reward."""
 
-    steps: Count = Field(100, description="rollout-and-update steps")
+    preset: Literal["book"] | None = Field(
+        None, description="defaults of another kind; book: the textbook's literal form, for study"
+    )
+    steps: Count = Field(100, description="rollout-and-update steps, after those of value.warmup")
     eval_every: Count | None = Field(None, description="steps between evaluations on eval_prompts")
     eval_responses_per_prompt: Count = Field(1, description="responses sampled for each held-out prompt")
     save_rollouts_every: Count = Field(1, description="steps between saved samples")
@@ -268,160 +379,83 @@ class PpoConfig(Section):
     run: RunSection = RunSection()
     compute: ComputeSection = ComputeSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, tree: Any) -> Any:
+        """What a preset says holds wherever the recipe is silent."""
+        if isinstance(tree, dict) and isinstance(tree.get("preset"), str) and tree["preset"] in PRESETS:
+            return merged(PRESETS[tree["preset"]], tree)
+        return tree
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.value.start == "reward" and not any(source.model for source in self.rewards):
-            raise ValueError('value.start = "reward" needs a reward model in rewards; set value.start = "policy"')
-        if self.sharing.mode == "separate" and self.adapters is not None:
-            raise ValueError('adapters are set, but sharing.mode is "separate"; set sharing.mode = "adapters"')
-        if self.kl.target is not None and self.kl.coefficient == 0:
-            raise ValueError("kl.target adapts kl.coefficient by factors, and 0 stays 0; start from more than 0")
-        if self.eval_every is not None and self.data.eval_prompts is None:
-            raise ValueError("eval_every needs data.eval_prompts")
-        if self.advantage.at_limit == "bootstrap" and self.score.missing_eos_penalty > 0:
-            raise ValueError(
-                'score.missing_eos_penalty has no effect with advantage.at_limit = "bootstrap", which pays no '
-                "score at the limit; set one of the two"
-            )
+        for problem in impossible(self):
+            raise ValueError(problem)
         return self
 
 
-StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, PpoConfig)
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "book": {
+        "policy": {"loss": "book"},
+        "kl": {"placement": "loss", "estimator": "k1"},
+        "advantage": {"lambda_policy": 0.0, "lambda_value": 0.0},
+    }
+}
 
 
-def load_config(kind: type[StageConfig], recipe: Path | None, overrides: Sequence[str]) -> StageConfig:
-    """Read a recipe, apply `--section.key value` overrides, check the whole.
-
-    Raises InputError for a file that cannot be read, an unknown key, a wrong type or an impossible combination.
-    """
-    tree: dict[str, Any] = {} if recipe is None else read_toml(recipe)
-    for path, value in parse_overrides(overrides):
-        _set(tree, path, value)
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        origin = f"{recipe}" if recipe else "the command line"
-        raise InputError(_explain(error, kind, origin)) from None
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees as one; where both say something, `over` holds."""
+    out = dict(under)
+    for key, value in over.items():
+        below = out.get(key)
+        out[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return out
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Raises InputError where there is no such file or it is not TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such recipe.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{path}: cannot be read as a recipe ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text, so not a TOML recipe.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: is not valid TOML: {error}.") from None
-
-
-def parse_overrides(words: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
-    """`--a.b 1`, `--a.b=1` -> (["a", "b"], 1); a value is read as TOML, else as the plain text that it is."""
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or len(word) == 2:
-            raise InputError(
-                f"{word!r} was not understood: settings are given as --section.key value, after the recipe."
-            )
-        name, equals, text = word[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise InputError(f"--{name} needs a value.")
-            text = rest.pop(0)
-        yield name.replace("-", "_").split("."), _toml_value(text)
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    node: Any = tree
-    for here, key in enumerate(path):
-        last = here == len(path) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) > len(node):
-                raise InputError(f"--{'.'.join(path)}: {key!r} must be an index from 0 to {len(node)}.")
-            if int(key) == len(node):
-                node.append({})
-            slot: Any = int(key)
-        elif isinstance(node, dict):
-            slot = key
-            if not last:
-                following_is_index = path[here + 1].isdigit()
-                node.setdefault(key, [] if following_is_index else {})
-        else:
-            raise InputError(f"--{'.'.join(path)}: {'.'.join(path[:here])} is a value, not a section.")
-        if last:
-            node[slot] = value
-        else:
-            node = node[slot]
-
-
-def _explain(error: ValidationError, kind: type[BaseModel], origin: str) -> str:
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        given, message = problem["input"], problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            known = [name for name, _ in fields_of(kind)]
-            close = difflib.get_close_matches(where, known, n=1, cutoff=0.6)
-            leaf = [name for name in known if name.rpartition(".")[2] == where.rpartition(".")[2]]
-            hint = (close or leaf)[:1]
-            meant = f"; did you mean {hint[0]}?" if hint else "; --help lists every key"
-            lines.append(f"{where} = {_shown(given)} is not a known key{meant}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where} is missing and has no default")
-        elif problem["type"] == "value_error":
-            lines.append(f"{where}: {message}" if where else message)
-        else:
-            lines.append(f"{where} = {_shown(given)}: {message[0].lower()}{message[1:]}")
-    return f"{origin}: " + "; ".join(lines) + "."
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def fields_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf field of a configuration with its dotted name, in the order of declaration."""
-    for name, field in kind.model_fields.items():
-        section, indexed = _section_of(field.annotation)
-        dotted = f"{prefix}{name}"
-        if section is None:
-            yield dotted, field
-        else:
-            yield from fields_of(section, f"{dotted}.0." if indexed else f"{dotted}.")
-
-
-def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section inside an annotation, seen through Optional and list, and whether it is a list's item."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    if typing.get_origin(annotation) is Annotated:
-        return _section_of(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union, list):
-        for inner in typing.get_args(annotation):
-            section, indexed = _section_of(inner)
-            if section is not None:
-                return section, indexed or typing.get_origin(annotation) is list
-    return None, False
-
-
-def without_none(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree that TOML can hold: what is unset is left out."""
-
-    def prune(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: prune(value) for key, value in node.items() if value is not None}
-        return [prune(item) for item in node] if isinstance(node, list) else node
-
-    return typing.cast(dict[str, Any], prune(tree))
+def impossible(config: PpoConfig) -> Iterator[str]:
+    """What a joint recipe cannot have together, each with what to do instead."""
+    policy, value, advantage, score = config.policy, config.value, config.advantage, config.score
+    head = config.sharing.mode == "head"
+    if head and value.start == "reward":
+        yield (
+            'sharing.mode = "head" puts the value head on the policy, which is no reward model; '
+            'set value.start = "policy"'
+        )
+    if value.start == "reward" and not any(source.model for source in config.rewards):
+        yield 'value.start = "reward" needs a reward model in rewards; set value.start = "policy"'
+    if config.sharing.mode == "separate" and config.adapters is not None:
+        yield 'adapters are set, but sharing.mode is "separate"; set sharing.mode = "adapters" or "head"'
+    if config.sharing.head_gradient == "stop" and not head:
+        yield 'sharing.head_gradient is for sharing.mode = "head" alone; leave it out'
+    if head and (value.epochs, value.sequences_per_minibatch) != (policy.epochs, policy.sequences_per_minibatch):
+        yield (
+            'with sharing.mode = "head" one pass serves both losses, so value.epochs and '
+            "value.sequences_per_minibatch must be the policy's"
+        )
+    if head and value.adaptive is not None:
+        yield 'value.adaptive changes the value model\'s passes alone, which sharing.mode = "head" cannot; leave it out'
+    if config.kl.target is not None and config.kl.coefficient == 0:
+        yield "kl.target adapts kl.coefficient by factors, and 0 stays 0; start from more than 0"
+    if config.kl.placement == "loss" and config.kl.estimator == "k1" and policy.loss != "book":
+        yield (
+            'kl.estimator = "k1" as a loss has a gradient of mean zero, so it holds nothing; set kl.estimator = "k2", '
+            'or kl.placement = "reward"'
+        )
+    if config.eval_every is not None and config.data.eval_prompts is None:
+        yield "eval_every needs data.eval_prompts"
+    if advantage.at_limit == "bootstrap" and (score.missing_eos_penalty > 0 or score.overlong_from is not None):
+        yield (
+            "the penalties score.missing_eos_penalty and score.overlong_from have no effect on a response cut at the "
+            'limit with advantage.at_limit = "bootstrap", which pays it no score; set one of the two'
+        )
+    if score.overlong_from is not None and score.overlong_from >= config.rollout.max_new_tokens:
+        yield (
+            f"score.overlong_from = {score.overlong_from} must be less than rollout.max_new_tokens = "
+            f"{config.rollout.max_new_tokens}"
+        )
+    if (value.loss == "hl_gauss") != (value.histogram is not None):
+        yield 'value.loss = "hl_gauss" and value.histogram (low, high) go together; set both or neither'
+    if value.loss == "hl_gauss" and (value.clip is not None or value.normalize):
+        yield 'value.clip and value.normalize are for value.loss = "mse"; a histogram has a range of its own'
+    if value.adaptive is not None and value.adaptive.max_epochs < value.epochs:
+        yield f"value.adaptive.max_epochs = {value.adaptive.max_epochs} is less than value.epochs = {value.epochs}"

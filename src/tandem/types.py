@@ -54,10 +54,20 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward says of each rollout: `total` [B] trains, `parts` [B] each are for people to read."""
+    """What the reward says of each rollout.
+
+    `total` [B] is paid at the last response token; `process` [B, T], where there is such a thing, at the tokens
+    that earned it; `parts` [B] each, what every term gave in all, are for people to read.
+    """
 
     total: Tensor
     parts: Mapping[str, Tensor]
+    process: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """[B] all that a response earned."""
+        return self.total if self.process is None else self.total + self.process.sum(1)
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,8 @@ class Trajectories:
     tokens: see Tokens; [B, T] each, in nats: `behaviour_logprobs` of the sampler as it sampled, `logprobs` of
     the policy before this step's updates (the denominator of the ratio), `reference_logprobs`;
     values [B, T]: of the state before each token; final_values [B]: of the state after the last token;
-    ended [B] bool: the response ended by itself; scores [B].
+    ended [B] bool: the response ended by itself; scores [B] paid at the last token; process_rewards [B, T] paid at
+    their own.
     """
 
     tokens: Tokens
@@ -169,6 +180,7 @@ class Trajectories:
     final_values: Tensor
     ended: Tensor
     scores: Tensor
+    process_rewards: Tensor
 
     @property
     def mask(self) -> Tensor:
@@ -177,10 +189,15 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the updates learn from: a trajectory with its rewards, advantages and value targets, [B, T] each."""
+    """What the updates learn from: a trajectory with its rewards, advantages and value targets, [B, T] each.
+
+    `weights` are the policy loss's importance weights, 1 where nothing is corrected.
+    """
 
     tokens: Tokens
     logprobs: Tensor
+    reference_logprobs: Tensor
+    weights: Tensor
     values: Tensor
     rewards: Tensor
     advantages: Tensor

@@ -4,32 +4,65 @@ Per-token arguments are [B, T] over response tokens with a bool mask of the same
 over tokens; divide by the count over the whole minibatch, so that gradients know nothing of micro-batches.
 """
 
-from tandem.algo.advantages import explained_variance, gae, token_rewards, whiten
-from tandem.algo.kl import AdaptiveKl, kl_estimate
+from tandem.algo.advantages import gae, length_adaptive_lambda, token_rewards, whiten
+from tandem.algo.critic import (
+    CalibrationGroup,
+    calibration,
+    calibration_error,
+    explained_variance,
+    explained_variance_by_position,
+    optimality_certificate,
+)
+from tandem.algo.histogram import Histogram, histogram_value_loss
+from tandem.algo.kl import AdaptiveKl, KlEstimator, kl_estimate
 from tandem.algo.losses import (
+    ClippedLoss,
     a2c_policy_loss,
+    book_policy_loss,
+    clipped_value_loss,
+    importance_weights,
     ppo_policy_loss,
     preference_loss,
     prefix_preference_loss,
+    probability_ratio,
     value_loss,
 )
 from tandem.algo.masked import Sums, masked_mean, masked_sum
-from tandem.algo.projection import projected_logprobs
+from tandem.algo.moments import RunningMoments
+from tandem.algo.projection import projected_logprobs, projected_logprobs_and_entropies
 from tandem.algo.sampling import sample, token_logprobs, truncate
+from tandem.algo.schedule import AdaptiveEpochs
 
 __all__ = [
+    "AdaptiveEpochs",
     "AdaptiveKl",
+    "CalibrationGroup",
+    "ClippedLoss",
+    "Histogram",
+    "KlEstimator",
+    "RunningMoments",
     "Sums",
     "a2c_policy_loss",
+    "book_policy_loss",
+    "calibration",
+    "calibration_error",
+    "clipped_value_loss",
     "explained_variance",
+    "explained_variance_by_position",
     "gae",
+    "histogram_value_loss",
+    "importance_weights",
     "kl_estimate",
+    "length_adaptive_lambda",
     "masked_mean",
     "masked_sum",
+    "optimality_certificate",
     "ppo_policy_loss",
     "preference_loss",
     "prefix_preference_loss",
+    "probability_ratio",
     "projected_logprobs",
+    "projected_logprobs_and_entropies",
     "sample",
     "token_logprobs",
     "token_rewards",

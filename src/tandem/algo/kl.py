@@ -14,9 +14,17 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEstim
     """Per-token estimate of KL(policy || reference) from tokens that the policy sampled, in nats.
 
     With d = log pi - log pi_ref (any shape, kept):
-    k1 = d is unbiased, of high variance and may be negative; k2 = d^2 / 2 is biased, and its *gradient* is the
-    unbiased one when it is used as a loss; k3 = exp(-d) - 1 + d is unbiased and never negative.
-    Source: Schulman, Approximating KL divergence (2020).
+
+        k1 = d                 unbiased, of high variance, may be negative
+        k2 = d^2 / 2           biased, small variance
+        k3 = exp(-d) - 1 + d   unbiased and never negative
+
+    As a *reward*, k1 is the right one: the policy gradient of its sum is that of the KL of whole sequences, since
+    the mean of grad d is zero. k2 and k3 leave out a term that is not zero. As a *loss*, it is the gradient of the
+    estimator that counts: that of k1 is zero on average; that of k2 is the gradient of KL(pi || pi_ref) token by
+    token; that of k3 is the gradient of the other direction, KL(pi_ref || pi), token by token. Neither loss sees
+    that a token leads to states where the KL will be larger, so their fixed point is not that of the reward.
+    Source: Schulman, Approximating KL divergence (2020); Tang and Munos 2025 for the gradients.
     """
     difference = logprobs - reference_logprobs
     if estimator == "k1":

@@ -12,13 +12,11 @@ from tandem.algo.masked import masked_sum
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
-    """`total` [] carries the gradient; the rest are detached sums over tokens, but for the largest ratio."""
+class ClippedLoss:
+    """`total` [] carries the gradient; `clipped` [] counts the tokens whose gradient the clip has stopped."""
 
     total: Tensor
     clipped: Tensor
-    approx_kl: Tensor
-    ratio_max: Tensor
 
 
 def ppo_policy_loss(
@@ -29,32 +27,97 @@ def ppo_policy_loss(
     *,
     clip_low: float,
     clip_high: float,
-) -> PolicyLoss:
-    """-sum min(u A, clip(u, 1 - clip_low, 1 + clip_high) A), u = pi / pi_old.
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+) -> ClippedLoss:
+    """-sum w min(u A, clip(u, 1 - clip_low, 1 + clip_high) A), u = pi / pi_old.
 
-    All [B, T]. `clipped` counts tokens whose gradient the clip has stopped; `approx_kl` sums the k3 estimate of
-    KL(pi_old || pi).
-    Source: Schulman et al. 2017, equation 7; different bounds on the two sides: Yu et al. 2025 (DAPO).
+    All [B, T]. `weights` are importance weights (1 if unset). With `dual_clip` = c > 1, where A < 0 the minimum is
+    not let below c A, so that one token that has become likely cannot dominate.
+    Source: Schulman et al. 2017, equation 7; different bounds on the two sides: Yu et al. 2025 (DAPO, clip-higher);
+    dual clip: Ye et al. 2020, equation 5.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
-    ratio = log_ratio.exp()
+    ratio = probability_ratio(logprobs, old_logprobs, mask)
     free, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    with torch.no_grad():
-        clipped = masked_sum((bounded < free).to(ratio.dtype), mask)
-        approx_kl = masked_sum(ratio - 1 - log_ratio, mask)
-        ratio_max = torch.where(mask, ratio, torch.zeros_like(ratio)).max()
-    return PolicyLoss(-masked_sum(torch.minimum(free, bounded), mask), clipped, approx_kl, ratio_max)
+    surrogate = torch.minimum(free, bounded)
+    stopped = bounded < free
+    if dual_clip is not None:
+        floor = dual_clip * advantages
+        stopped = stopped | ((advantages < 0) & (floor > surrogate))
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, floor), surrogate)
+    return ClippedLoss(-masked_sum(_weighted(surrogate, weights), mask), _count(stopped, mask))
 
 
-def a2c_policy_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """-sum log pi(y_t|s_t) A_t, all [B, T]. Source: Mnih et al. 2016."""
-    return -masked_sum(logprobs * advantages, mask)
+def book_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    weights: Tensor | None = None,
+) -> ClippedLoss:
+    """-sum w min(u, clip(u, 1 - clip_low, 1 + clip_high)) A, u = pi / pi_old: for study, not for use.
+
+    All [B, T]. The clip looks at the ratio alone. Where A < 0 it stops the gradient of a ratio that has grown,
+    just where the token should be made less likely, and lets one that is already small shrink on.
+    Source: Xiao and Zhu 2025, Foundations of Large Language Models, section 4.
+    """
+    ratio = probability_ratio(logprobs, old_logprobs, mask)
+    bounded = torch.minimum(ratio, ratio.clamp(1 - clip_low, 1 + clip_high))
+    stopped = (bounded < ratio) & (advantages != 0)
+    return ClippedLoss(-masked_sum(_weighted(bounded * advantages, weights), mask), _count(stopped, mask))
+
+
+def a2c_policy_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """-sum w log pi(y_t|s_t) A_t, all [B, T]. Source: Mnih et al. 2016."""
+    return -masked_sum(_weighted(logprobs * advantages, weights), mask)
+
+
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """u = pi / pi_old, [B, T], 1 where masked."""
+    return torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs)).exp()
+
+
+def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_behaviour, cap), [B, T], 1 where masked: what corrects for a sampler that differs.
+
+    Source: Yao et al. 2025, truncated importance sampling between the generator and the trainer; Munos et al. 2016
+    for why the truncation is needed.
+    """
+    return probability_ratio(logprobs, behaviour_logprobs, mask).clamp(max=cap)
+
+
+def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
+    return x if weights is None else x * weights
+
+
+def _count(where: Tensor, mask: Tensor) -> Tensor:
+    return (where & mask).sum()
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """sum 1/2 (V(s_t) - G_t)^2, all [B, T]; the targets G are constants."""
-    errors = values.masked_fill(~mask, 0.0) - returns.detach().masked_fill(~mask, 0.0)
-    return errors.square().sum() / 2
+    return _squares(values, returns, mask).sum() / 2
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float
+) -> ClippedLoss:
+    """sum 1/2 max((V - G)^2, (V_old + clip(V - V_old, -c, c) - G)^2), all [B, T].
+
+    It keeps V within `clip` of what it was before the step's updates, in the units of the reward.
+    Source: the PPO of Schulman et al. 2017 as published in code; see Huang et al. 2022, detail 9, and Andrychowicz
+    et al. 2021, who find that it does not help.
+    """
+    bounded = old_values + (values - old_values).clamp(-clip, clip)
+    free, held = _squares(values, returns, mask), _squares(bounded, returns, mask)
+    return ClippedLoss(torch.maximum(free, held).sum() / 2, _count(held > free, mask))
+
+
+def _squares(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    return (values.masked_fill(~mask, 0.0) - returns.detach().masked_fill(~mask, 0.0)).square()
 
 
 def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:

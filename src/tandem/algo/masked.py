@@ -30,6 +30,7 @@ class Sums:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
         self._largest: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add a part: its sum and how many things were summed."""
@@ -40,7 +41,20 @@ class Sums:
         """Keep the largest value seen."""
         self._largest[name] = max(self._largest.get(name, float("-inf")), float(value))
 
+    def add_total(self, name: str, amount: float) -> None:
+        """Add to something that is counted, not averaged."""
+        self._totals[name] = self._totals.get(name, 0.0) + amount
+
+    def merge(self, other: Sums) -> None:
+        """Take in all that another has gathered."""
+        for name, total in other._sums.items():
+            self.add(name, total, other._counts[name])
+        for name, value in other._largest.items():
+            self.add_largest(name, value)
+        for name, amount in other._totals.items():
+            self.add_total(name, amount)
+
     def means(self) -> Mapping[str, float]:
-        """Every mean and every largest value."""
+        """Every mean, every largest value and every total."""
         means = {name: self._sums[name] / count for name, count in self._counts.items() if count > 0}
-        return means | self._largest
+        return means | self._largest | self._totals

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tandem.config import PpoConfig, RewardConfig, load_config
+from tandem.config import PpoConfig, RewardConfig
 from tandem.data.prompts import make_prompt
 from tandem.data.rows import Row
 from tandem.demo.base_model import smollm2
@@ -24,6 +24,7 @@ from tandem.errors import InputError
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.loading import layer_count, load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.trunk import Trunk
+from tandem.recipe import load_config
 from tandem.rollout import TorchGenerator
 from tandem.run import Progress
 from tandem.run.folder import write_json

@@ -25,11 +25,12 @@ class LocalEngine:
     """Optimises parameters from losses whose gradients add up between steps.
 
     Parameters kept in less than float32 compute as they are, while a float32 master copy accumulates their
-    gradients and is what the optimiser moves. `updates` is how often `step` will be called, for the schedule.
+    gradients and is what the optimiser moves.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], settings: OptimizerSection, updates: int) -> None:
-        self._max_grad_norm = settings.max_grad_norm
+    def __init__(self, groups: Sequence[ParameterGroup], settings: OptimizerSection) -> None:
+        self._settings = settings
+        self._peaks = [group.lr for group in groups]
         self._pairs = [(p, _master_of(p)) for group in groups for p in group.parameters]
         masters = iter(master for _, master in self._pairs)
         options = [{"params": [next(masters) for _ in group.parameters], "lr": group.lr} for group in groups]
@@ -39,14 +40,17 @@ class LocalEngine:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda update: schedule_factor(update, updates, settings)
-        )
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first group at the next step."""
-        return float(self._schedule.get_last_lr()[0])
+        """The learning rate of the first group."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def set_progress(self, done: float, total: float) -> None:
+        """Set the learning rates to where the schedule stands after `done` of `total` updates."""
+        factor = schedule_factor(done, total, self._settings)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of the loss to what the next step will use."""
@@ -57,18 +61,26 @@ class LocalEngine:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
+    def gradient(self) -> Tensor:
+        """What `backward` has added up since the last step, in one piece [N]; zero where nothing came."""
+        masters = [master for _, master in self._pairs]
+        return torch.cat([torch.zeros_like(m).flatten() if m.grad is None else m.grad.flatten() for m in masters])
+
+    def discard(self) -> None:
+        """Forget the gradients without a step."""
+        self._optimizer.zero_grad(set_to_none=True)
+
     def step(self) -> float:
         """Clip, update, and forget the gradients. Returns the gradient's norm before clipping.
 
         Raises RunError where the gradient is not finite, before it reaches a weight.
         """
         masters = [master for _, master in self._pairs]
-        norm = float(nn.utils.clip_grad_norm_(masters, self._max_grad_norm))
+        norm = float(nn.utils.clip_grad_norm_(masters, self._settings.max_grad_norm))
         if not math.isfinite(norm):
             raise RunError(f"a gradient is not finite (norm {norm}); the weights are as they were before it.")
         self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.discard()
         with torch.no_grad():
             for parameter, master in self._pairs:
                 if master is not parameter:
@@ -82,12 +94,13 @@ def _master_of(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().float().clone())
 
 
-def schedule_factor(update: int, updates: int, settings: OptimizerSection) -> float:
-    """Share of the peak learning rate at an update: a linear rise, then constant, linear or cosine to zero."""
-    rise = round(settings.warmup_fraction * updates)
-    if update < rise:
-        return (update + 1) / rise
-    progress = min(1.0, (update - rise) / max(1, updates - rise))
+def schedule_factor(done: float, total: float, settings: OptimizerSection) -> float:
+    """Share of the peak learning rate after `done` of `total` updates: a linear rise, then constant, linear or
+    cosine to zero."""
+    rise = settings.warmup_fraction * total
+    if done < rise:
+        return min(1.0, (done + 1) / rise)
+    progress = min(1.0, (done - rise) / max(1e-9, total - rise))
     if settings.schedule == "linear":
         return 1.0 - progress
     if settings.schedule == "cosine":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.algo import projected_logprobs, truncate
+from tandem.algo import projected_logprobs, projected_logprobs_and_entropies, truncate
 from tandem.errors import InputError
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
@@ -58,14 +58,29 @@ class CausalPolicy:
         Only response positions are projected on the vocabulary, in chunks that are recomputed in the backward
         pass: [B, T, V] never exists.
         """
-        hidden = self.trunk.hidden(tokens, self.adapter)
+        return self.read(self.trunk.hidden(tokens, self.adapter), tokens)[0]
+
+    def logprobs_and_entropies(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, with the entropy of the whole distribution at each response token in nats, [B, T] each."""
+        logprobs, entropies = self.read(self.trunk.hidden(tokens, self.adapter), tokens, entropies=True)
+        assert entropies is not None
+        return logprobs, entropies
+
+    def read(self, hidden: Tensor, tokens: Tokens, *, entropies: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities, and entropies if asked for, [B, T] each, from the trunk's hidden states [B, L, H]."""
         mask = tokens.mask
         rows = torch.arange(len(tokens), device=mask.device)[:, None].expand_as(mask)[mask]
         states = hidden[rows, tokens.response_positions[mask] - 1]
         targets = tokens.response_ids[mask]
         rows_per_chunk = max(1, _LOGITS_PER_CHUNK // self._head.weight.shape[0])
-        found = projected_logprobs(states, targets, self._scoring_logits, rows_per_chunk)
-        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, found)
+
+        def laid_out(found: Tensor) -> Tensor:
+            return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, found)
+
+        if not entropies:
+            return laid_out(projected_logprobs(states, targets, self._scoring_logits, rows_per_chunk)), None
+        both = projected_logprobs_and_entropies(states, targets, self._scoring_logits, rows_per_chunk)
+        return laid_out(both[0]), laid_out(both[1])
 
     def _scoring_logits(self, states: Tensor, targets: Tensor) -> Tensor:
         """Logits of the policy's distribution, in which the targets always stay: [N, H], [N] -> [N, V]."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +38,31 @@ def save_policy(trunk: Trunk, adapter: str | None, tokenizer: PreTrainedTokenize
 
 
 def save_scalar(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A one-label sequence classifier with the adapter folded in; adapter and head, for peft, in a subfolder."""
+    """A sequence classifier with the adapter folded in; adapter and head, for peft, in a subfolder.
+
+    It has one label, or one for each bin of a categorical head. What the classifier cannot hold, a constant to add
+    to its answers or the range of the bins, is written beside it as value.json.
+    """
     trunk = model.trunk
     config = copy.deepcopy(trunk.model.config)
-    config.num_labels = 1
+    config.num_labels = model.head.out_features
     config.pad_token_id = padding_id(tokenizer, trunk.model)
     prefix = f"{trunk.model.base_model_prefix}."
     state = {name: tensor for name, tensor in trunk.merged_state(model.adapter).items() if name.startswith(prefix)}
-    head = {f"score.{name}": tensor.detach() for name, tensor in model.head.state_dict().items()}
+    head = {_SCORE: model.head.weight.detach() * model.scale}
     _save(AutoModelForSequenceClassification, config, state | head, trunk, folder)
     tokenizer.save_pretrained(folder)
+    if model.histogram is not None:
+        _write_note(folder, {"histogram": asdict(model.histogram)})
+    elif model.head.bias is not None:
+        _write_note(folder, {"add": float(model.shift + model.scale * model.head.bias.detach())})
     if model.adapter is not None:
         extra = {f"base_model.model.{name}": tensor for name, tensor in head.items()}
         _save_adapter(trunk, model.adapter, "SEQ_CLS", extra, folder / ADAPTER_FOLDER)
+
+
+def _write_note(folder: Path, note: dict[str, Any]) -> None:
+    (folder / "value.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def _save(kind: Any, config: Any, state: dict[str, Tensor], trunk: Trunk, folder: Path) -> None:

@@ -6,49 +6,90 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tandem.algo import Histogram
 from tandem.errors import InputError
 from tandem.models.loading import is_classifier, load_causal, load_scalar
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
 
 
-def zero_head(hidden_size: int, device: torch.device) -> nn.Linear:
+def zero_head(hidden_size: int, device: torch.device, *, outputs: int = 1, bias: bool = False) -> nn.Linear:
     """A head that answers 0 everywhere, so that a new value model starts the same every time."""
-    head = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=torch.float32)
-    nn.init.zeros_(head.weight)
+    head = nn.Linear(hidden_size, outputs, bias=bias, device=device, dtype=torch.float32)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
     return head
 
 
 class ScalarModel:
-    """One number a token, read off the decoder's hidden states by a head kept in float32."""
+    """One number a token, read off the decoder's hidden states by a head kept in float32.
 
-    def __init__(self, trunk: Trunk, head: nn.Linear, adapter: str | None = None) -> None:
+    The number is shift + scale * head(h), or, with a `histogram`, the mean of the bins that the head's logits
+    stand for.
+    """
+
+    def __init__(
+        self, trunk: Trunk, head: nn.Linear, adapter: str | None = None, histogram: Histogram | None = None
+    ) -> None:
         self.trunk = trunk
         self.head = head
         self.adapter = adapter
+        self.histogram = histogram
+        self.scale = 1.0
+        self.shift = 0.0
 
     def values(self, tokens: Tokens) -> Tensor:
         """V of the states before each response token and after the last one: [B, T + 1] float32.
 
         Column t is V(s_t); column `response_lengths[b]` is the value after the last token; zero beyond it.
         """
-        hidden = self.trunk.hidden(tokens, self.adapter)
-        columns = torch.arange(tokens.mask.shape[1] + 1, device=hidden.device)
-        exists = columns[None, :] <= tokens.response_lengths[:, None]
-        positions = tokens.prompt_lengths[:, None] - 1 + columns
-        rows = torch.arange(len(tokens), device=hidden.device)[:, None].expand_as(exists)[exists]
-        found = self._read(hidden[rows, positions[exists]])
-        return torch.zeros(exists.shape, device=hidden.device).masked_scatter(exists, found)
+        return self.read(self.trunk.hidden(tokens, self.adapter), tokens)
+
+    def bin_logits(self, tokens: Tokens) -> Tensor:
+        """The logits of a categorical head at the same places, [B, T + 1, K] float32."""
+        return self.read_bins(self.trunk.hidden(tokens, self.adapter), tokens)
 
     def scores(self, tokens: Tokens) -> Tensor:
         """The number at the last token of each row, [B] float32."""
         hidden = self.trunk.hidden(tokens, self.adapter)
         rows = torch.arange(len(tokens), device=hidden.device)
-        return self._read(hidden[rows, tokens.lengths - 1])
+        return self._number(self.head(hidden[rows, tokens.lengths - 1].float()))
 
-    def _read(self, states: Tensor) -> Tensor:
-        """[N, H] -> [N]."""
-        return self.head(states.float()).squeeze(-1)
+    def read(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """`values` from the trunk's hidden states [B, L, H]."""
+        exists, found = self._answers(hidden, tokens)
+        return torch.zeros(exists.shape, device=hidden.device).masked_scatter(exists, self._number(found))
+
+    def read_bins(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """`bin_logits` from the trunk's hidden states [B, L, H]."""
+        exists, found = self._answers(hidden, tokens)
+        out = torch.zeros(*exists.shape, found.shape[-1], device=hidden.device)
+        return out.masked_scatter(exists[..., None].expand_as(out), found)
+
+    @torch.no_grad()
+    def rescale(self, mean: float, std: float) -> None:
+        """Let the head speak in units of `std` around `mean`, with every value as it was.
+
+        Source: van Hasselt et al. 2016 (PopArt), proposition 1.
+        """
+        if self.head.bias is None:
+            raise ValueError("a head without a bias cannot take up a shift of its units")
+        self.head.weight.mul_(self.scale / std)
+        self.head.bias.mul_(self.scale).add_(self.shift - mean).div_(std)
+        self.scale, self.shift = std, mean
+
+    def _answers(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Where a state exists, [B, T + 1], and what the head says there, [N, K]."""
+        columns = torch.arange(tokens.mask.shape[1] + 1, device=hidden.device)
+        exists = columns[None, :] <= tokens.response_lengths[:, None]
+        positions = tokens.prompt_lengths[:, None] - 1 + columns
+        rows = torch.arange(len(tokens), device=hidden.device)[:, None].expand_as(exists)[exists]
+        return exists, self.head(hidden[rows, positions[exists]].float())
+
+    def _number(self, answers: Tensor) -> Tensor:
+        """[N, K] -> [N]."""
+        found = answers.squeeze(-1) if self.histogram is None else self.histogram.mean(answers)
+        return self.shift + self.scale * found
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:

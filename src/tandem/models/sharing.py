@@ -2,6 +2,7 @@
 
 separate: the policy, a frozen copy of it as the reference, and a value model of its own.
 adapters: one frozen trunk, which is the reference; policy, value and reward model are LoRA adapters on it.
+head: a value head on the policy's own trunk; the reference is a frozen copy, or the trunk with adapters off.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.config import AdapterSection, PpoConfig
+from tandem.algo import Histogram
+from tandem.config import AdapterSection, PpoConfig, ValueSection
 from tandem.errors import InputError
 from tandem.models.cards import RewardCard, probe_scores, read_card
 from tandem.models.causal import CausalPolicy, SamplingRule
@@ -23,17 +25,51 @@ from tandem.models.saving import ADAPTER_FOLDER, load_adapter
 from tandem.models.scalar import ScalarModel, as_scalar, head_of, zero_head
 from tandem.models.scoring import ClassifierScorer, DecoderScorer, Scorer
 from tandem.models.trunk import Trunk
+from tandem.types import Tokens
 
 
 @dataclass(frozen=True)
 class JointModels:
-    """Policy, reference and value model, and the parameters that train."""
+    """Policy, reference and value model, and the parameters of their trunks that train.
+
+    `shared` is policy and value model as one, where they stand on the same trainable trunk; the value model then
+    has no parameters of its own but its head.
+    """
 
     policy: CausalPolicy
     reference: CausalPolicy
     value: ScalarModel
     policy_parameters: Sequence[nn.Parameter]
     value_parameters: Sequence[nn.Parameter]
+    shared: PolicyWithValueHead | None = None
+
+
+class PolicyWithValueHead:
+    """A policy and a value model that read the same hidden states."""
+
+    def __init__(self, policy: CausalPolicy, value: ScalarModel) -> None:
+        assert policy.trunk is value.trunk
+        assert policy.adapter == value.adapter
+        self.policy = policy
+        self.value = value
+
+    @property
+    def scale(self) -> float:
+        return self.value.scale
+
+    def logprobs_and_values(
+        self, tokens: Tokens, *, entropies: bool, stop_gradient: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probabilities [B, T], entropies [B, T] if asked for, and values [B, T + 1], from one pass.
+
+        In place of values, a categorical head gives its logits [B, T + 1, K]. With `stop_gradient` the values send
+        none into the trunk.
+        """
+        hidden = self.policy.trunk.hidden(tokens, self.policy.adapter)
+        logprobs, found = self.policy.read(hidden, tokens, entropies=entropies)
+        states = hidden.detach() if stop_gradient else hidden
+        read = self.value.read if self.value.histogram is None else self.value.read_bins
+        return logprobs, found, read(states, tokens)
 
 
 @dataclass(frozen=True)
@@ -62,6 +98,8 @@ def build_joint(
     sources = [source.model for source in config.rewards if source.model is not None]
     if config.sharing.mode == "adapters":
         return _adapters(config, sources, tokenizer, placement)
+    if config.sharing.mode == "head":
+        return _head(config, sources, tokenizer, placement)
     models = _separate(config, sources, tokenizer, placement)
     return models, {source: _load_reward(source, placement) for source in sources}
 
@@ -84,14 +122,16 @@ def _separate(
     policy, reference = CausalPolicy(trunk(), _rule(config)), CausalPolicy(trunk(), _reference_rule(config))
     if config.value.start == "reward":
         check_same_tokenizer(sources[0], tokenizer)
-        value = _decoder_with_head(sources[0], placement)
-        _verify_transfer(sources[0], value, placement)
+        start = _decoder_with_head(sources[0], placement)
+        _verify_transfer(sources[0], start, placement)
+        value_trunk, head = start.trunk, value_head(config.value, start.head)
     else:
         value_trunk = trunk()
-        value = ScalarModel(value_trunk, zero_head(value_trunk.model.config.hidden_size, placement.device))
+        head = value_head(config.value, _unknowing_head(value_trunk, placement))
+    value = ScalarModel(value_trunk, head, histogram=histogram_of(config.value))
     value_parameters = list(value.trunk.decoder.parameters())
     policy_parameters = list(policy.trunk.model.parameters())
-    for parameter in [*policy_parameters, *value_parameters, *value.head.parameters()]:
+    for parameter in [*policy_parameters, *value_parameters]:
         parameter.requires_grad_(True)
     return JointModels(policy, reference, value, policy_parameters, value_parameters)
 
@@ -100,29 +140,82 @@ def _adapters(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> tuple[JointModels, dict[str, RewardModel]]:
     trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
-    reference = CausalPolicy(trunk, _reference_rule(config))
-    rewards = {
-        source: _reward_on_trunk(source, f"reward{index}", config.policy.model, trunk, tokenizer, placement)
-        or _load_reward(source, placement)
-        for index, source in enumerate(sources)
-    }
+    rewards = _rewards_beside(trunk, config, sources, tokenizer, placement)
     settings = config.adapters or AdapterSection()
     policy_parameters = trunk.add_adapter("policy", settings)
     trunk.share_below("policy")
-    head = zero_head(trunk.model.config.hidden_size, placement.device)
     if config.value.start == "reward":
-        head = _start_value_from_adapter(sources[0], rewards[sources[0]], trunk, head)
+        start = _start_value_from_adapter(sources[0], rewards[sources[0]], trunk)
     else:
         trunk.add_adapter("value", settings)
-    value = ScalarModel(trunk, head.requires_grad_(True), adapter="value")
+        start = _unknowing_head(trunk, placement)
+    head = value_head(config.value, start)
+    value = ScalarModel(trunk, head, adapter="value", histogram=histogram_of(config.value))
     value_parameters = trunk.adapter_parameters("value")
     for parameter in [*policy_parameters, *value_parameters]:
         parameter.requires_grad_(True)
     policy = CausalPolicy(trunk, _rule(config), adapter="policy")
+    reference = CausalPolicy(trunk, _reference_rule(config))
     return JointModels(policy, reference, value, policy_parameters, value_parameters), rewards
 
 
-def _start_value_from_adapter(source: str, reward: RewardModel, trunk: Trunk, head: nn.Linear) -> nn.Linear:
+def _head(
+    config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
+) -> tuple[JointModels, dict[str, RewardModel]]:
+    trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+    if config.adapters is not None:
+        rewards = _rewards_beside(trunk, config, sources, tokenizer, placement)
+        adapter, parameters, reference_trunk = "policy", trunk.add_adapter("policy", config.adapters), trunk
+        trunk.share_below("policy")
+    else:
+        rewards = {source: _load_reward(source, placement) for source in sources}
+        adapter, parameters = None, list(trunk.model.requires_grad_(True).parameters())
+        reference_trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+    policy = CausalPolicy(trunk, _rule(config), adapter)
+    head = value_head(config.value, _unknowing_head(trunk, placement))
+    value = ScalarModel(trunk, head, adapter, histogram_of(config.value))
+    reference = CausalPolicy(reference_trunk, _reference_rule(config))
+    return JointModels(policy, reference, value, parameters, [], PolicyWithValueHead(policy, value)), rewards
+
+
+def _rewards_beside(
+    trunk: Trunk,
+    config: PpoConfig,
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    placement: Placement,
+) -> dict[str, RewardModel]:
+    """Reward models as adapters of the policy's trunk where they are such, else as models of their own."""
+    return {
+        source: _reward_on_trunk(source, f"reward{index}", config.policy.model, trunk, tokenizer, placement)
+        or _load_reward(source, placement)
+        for index, source in enumerate(sources)
+    }
+
+
+def _unknowing_head(trunk: Trunk, placement: Placement) -> nn.Linear:
+    return zero_head(trunk.model.config.get_text_config().hidden_size, placement.device)
+
+
+def histogram_of(settings: ValueSection) -> Histogram | None:
+    return None if settings.histogram is None else Histogram(**settings.histogram.model_dump())
+
+
+def value_head(settings: ValueSection, start: nn.Linear) -> nn.Linear:
+    """The value model's head: as the start's, with a bias where returns are normalised; a histogram starts anew."""
+    device = start.weight.device
+    if settings.histogram is not None:
+        return zero_head(start.in_features, device, outputs=settings.histogram.bins)
+    head = zero_head(start.in_features, device, bias=settings.normalize or start.bias is not None)
+    with torch.no_grad():
+        head.weight.copy_(start.weight)
+        if start.bias is not None:
+            head.bias.copy_(start.bias)
+    return head
+
+
+def _start_value_from_adapter(source: str, reward: RewardModel, trunk: Trunk) -> nn.Linear:
+    """Give the value adapter the reward adapter's weights; returns the head to start from."""
     scorer = reward.scorer
     if not isinstance(scorer, DecoderScorer) or scorer.model.trunk is not trunk or reward.card is None:
         raise InputError(
@@ -134,9 +227,7 @@ def _start_value_from_adapter(source: str, reward: RewardModel, trunk: Trunk, he
     assert scorer.model.adapter is not None
     trunk.add_adapter("value", reward.card.adapter)
     trunk.copy_adapter(scorer.model.adapter, "value")
-    with torch.no_grad():
-        head.weight.copy_(scorer.model.head.weight)
-    return head
+    return scorer.model.head
 
 
 def _reward_on_trunk(

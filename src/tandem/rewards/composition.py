@@ -1,37 +1,57 @@
-"""Several rewards as one: a weighted sum, less what a response loses for not ending."""
+"""Several rewards as one: a weighted sum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tandem.config import ScoreSection
 from tandem.types import Rollout, Scores
 
 
 @dataclass(frozen=True)
-class Term:
-    """One reward, times its weight. A weight of 0 measures without training on it."""
+class Earned:
+    """What one reward says: `final` [B] at the last token; `process` [B, T] at others, or None."""
 
-    score: Callable[[Sequence[Rollout]], Tensor]
+    final: Tensor
+    process: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        return self.final if self.process is None else self.final + self.process.sum(1)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward less an offset, times its weight. A weight of 0 measures without training on it."""
+
+    score: Callable[[Sequence[Rollout]], Earned]
     weight: float
+    offset: float = 0.0
 
 
 class WeightedSum:
-    """sum_i weight_i * score_i - missing_eos_penalty * [the response was cut]."""
+    """sum_i weight_i * (score_i - offset_i)."""
 
-    def __init__(self, terms: Mapping[str, Term], settings: ScoreSection) -> None:
-        self._terms = terms
-        self._settings = settings
+    def __init__(self, terms: Mapping[str, Term]) -> None:
+        self.terms = terms
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        parts = {name: term.score(rollouts) for name, term in self._terms.items()}
-        total = torch.zeros(len(rollouts))
-        for name, term in self._terms.items():
+        earned = {name: term.score(rollouts) for name, term in self.terms.items()}
+        total, process = torch.zeros(len(rollouts)), None
+        for name, term in self.terms.items():
             if term.weight != 0.0:
-                total += term.weight * parts[name]
-        cut = torch.tensor([not rollout.ended for rollout in rollouts])
-        return Scores(total - self._settings.missing_eos_penalty * cut, parts)
+                total += term.weight * (earned[name].final - term.offset)
+                part = earned[name].process
+                if part is not None:
+                    process = term.weight * part if process is None else process + term.weight * part
+        return Scores(total, {name: part.whole for name, part in earned.items()}, process)
+
+    def centred(self, names: Sequence[str], rollouts: Sequence[Rollout]) -> WeightedSum:
+        """The same rewards, with the named ones less their mean over these rollouts."""
+        offsets = {name: float(self.terms[name].score(rollouts).whole.mean()) for name in names}
+        return WeightedSum(
+            {name: replace(term, offset=offsets.get(name, term.offset)) for name, term in self.terms.items()}
+        )

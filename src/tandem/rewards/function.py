@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tandem.errors import InputError
+from tandem.rewards.composition import Earned
 from tandem.types import Rollout
 
-RewardFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
+ProcessRewards = Sequence[tuple[int, float]]
+RewardFunction = Callable[
+    [Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float] | Sequence[ProcessRewards]
+]
 
 
 def load_function(name: str) -> RewardFunction:
@@ -54,37 +59,71 @@ def _import_file(path: Path) -> Any:
 
 class FunctionReward:
     """Calls `function(prompts, responses, rows)` with the prompts as the policy read them, the responses without
-    special tokens, and every column of the prompts' rows."""
+    special tokens, and every column of the prompts' rows.
 
-    def __init__(self, function: RewardFunction, name: str) -> None:
+    It answers with a number for each response, or with a list of (end, reward) pairs for each: process rewards,
+    each paid at the token that completes the first `end` characters of the response.
+    """
+
+    def __init__(
+        self, function: RewardFunction, name: str, decode: Callable[[Sequence[int], Sequence[int]], str]
+    ) -> None:
         self._function = function
         self.name = name
+        self._decode = decode
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """[B] float32. Raises InputError where the function raises or does not return one number a rollout."""
+    def __call__(self, rollouts: Sequence[Rollout]) -> Earned:
+        """Raises InputError where the function raises or does not return what it should, one a rollout."""
         try:
-            answer = self._function(
-                [rollout.prompt.text for rollout in rollouts],
-                [rollout.text for rollout in rollouts],
-                [rollout.prompt.row for rollout in rollouts],
+            answers = list(
+                self._function(
+                    [rollout.prompt.text for rollout in rollouts],
+                    [rollout.text for rollout in rollouts],
+                    [rollout.prompt.row for rollout in rollouts],
+                )
             )
         except Exception as error:
             raise InputError(f"reward function {self.name!r} raised {error!r}.") from error
-        return self._checked(answer, rollouts)
+        if len(answers) != len(rollouts):
+            raise InputError(
+                f"reward function {self.name!r} returned {len(answers)} scores for {len(rollouts)} responses."
+            )
+        if any(isinstance(answer, list | tuple) for answer in answers):
+            return self._process(answers, rollouts)
+        return Earned(
+            torch.tensor([self._number(answer, rollout) for answer, rollout in zip(answers, rollouts, strict=True)])
+        )
 
-    def _checked(self, answer: Any, rollouts: Sequence[Rollout]) -> Tensor:
+    def _number(self, answer: Any, rollout: Rollout) -> float:
         try:
-            scores = torch.tensor([float(score) for score in answer])
+            number = float(answer)
         except (TypeError, ValueError) as error:
             raise InputError(f"reward function {self.name!r} must return numbers, one a response: {error}.") from error
-        if len(scores) != len(rollouts):
+        if not math.isfinite(number):
             raise InputError(
-                f"reward function {self.name!r} returned {len(scores)} scores for {len(rollouts)} responses."
+                f"reward function {self.name!r} returned {number} for the response {rollout.text[:80]!r} to "
+                f"{rollout.prompt.text[-80:]!r}; every score must be finite."
             )
-        if not torch.isfinite(scores).all():
-            bad = int((~torch.isfinite(scores)).nonzero()[0])
+        return number
+
+    def _process(self, answers: Sequence[Any], rollouts: Sequence[Rollout]) -> Earned:
+        process = torch.zeros(len(rollouts), max(len(rollout.ids) for rollout in rollouts))
+        for row, (pairs, rollout) in enumerate(zip(answers, rollouts, strict=True)):
+            for pair in pairs if isinstance(pairs, list | tuple) else [pairs]:
+                process[row, self._token_at(pair, rollout)] += self._number(pair[1], rollout)
+        return Earned(torch.zeros(len(rollouts)), process)
+
+    def _token_at(self, pair: Any, rollout: Rollout) -> int:
+        """Which token completes the first `end` characters of the response."""
+        fits = isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int)
+        if not fits or not 0 <= pair[0] <= len(rollout.text):
             raise InputError(
-                f"reward function {self.name!r} returned {float(scores[bad])} for the response "
-                f"{rollouts[bad].text[:80]!r} to {rollouts[bad].prompt.text[-80:]!r}; every score must be finite."
+                f"reward function {self.name!r} returned {pair!r} among its process rewards; each must be a pair "
+                f"(end, reward) with 0 <= end <= {len(rollout.text)}, the length of the response."
             )
-        return scores
+        ids = rollout.ids
+
+        def characters(count: int) -> int:
+            return len(self._decode(rollout.prompt.ids, ids[: count + 1]))
+
+        return min(bisect.bisect_left(range(len(ids)), pair[0], key=characters), len(ids) - 1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tandem.errors import InputError
 from tandem.models.scoring import Scorer
+from tandem.rewards.composition import Earned
 from tandem.text import answered_ids
 from tandem.types import Rollout
 
@@ -24,8 +24,8 @@ class ModelReward:
         self._context = context
 
     @torch.no_grad()
-    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """[B] float32. Raises InputError where a text is too long for the model or a score is not finite."""
+    def __call__(self, rollouts: Sequence[Rollout]) -> Earned:
+        """Raises InputError where a text is too long for the model or a score is not finite."""
         texts = [
             answered_ids(self._tokenizer, rollout.prompt.messages or rollout.prompt.text, rollout.text)
             for rollout in rollouts
@@ -39,4 +39,4 @@ class ModelReward:
         scores = self._scorer.score(texts).cpu()
         if not torch.isfinite(scores).all():
             raise InputError(f"reward model {self.name!r} returned a score that is not finite.")
-        return scores
+        return Earned(scores)

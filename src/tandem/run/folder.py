@@ -11,8 +11,8 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel
 
-from tandem.config import without_none
 from tandem.errors import InputError
+from tandem.recipe import without_none
 from tandem.run.trackers import Tracker, open_trackers
 
 

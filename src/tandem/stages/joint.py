@@ -1,4 +1,4 @@
-"""The joint step: measure what was sampled, estimate advantages, update policy and value model.
+"""The joint step up to the gradients: measure what was sampled, estimate advantages.
 
 A policy is asked only for log-probabilities of given tokens and a value model only for values, so the same code
 trains a transformer and a table, and the table is how it is held against closed forms.
@@ -6,15 +6,14 @@ trains a transformer and a table, and the table is how it is held against closed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tandem import algo
-from tandem.config import AdvantageSection
+from tandem.config import AdvantageSection, KlSection
 from tandem.types import Batch, Rollout, Scores, Tokens, Trajectories, pad_tokens, split_by_tokens
 
 
@@ -32,39 +31,6 @@ class ValueModel(Protocol):
     def values(self, tokens: Tokens) -> Tensor:
         """[B, T + 1]: of the states before each response token and after the last one."""
         ...
-
-
-class Engine(Protocol):
-    @property
-    def lr(self) -> float: ...
-
-    def backward(self, loss: Tensor) -> None: ...
-
-    def step(self) -> float:
-        """Returns the gradient's norm before clipping."""
-        ...
-
-
-@dataclass(frozen=True)
-class PolicyLearner:
-    """A policy and how it learns."""
-
-    model: Policy
-    engine: Engine
-    epochs: int
-    sequences_per_minibatch: int
-    clip_low: float
-    clip_high: float
-
-
-@dataclass(frozen=True)
-class ValueLearner:
-    """A value model and how it learns."""
-
-    model: ValueModel
-    engine: Engine
-    epochs: int
-    sequences_per_minibatch: int
 
 
 @torch.no_grad()
@@ -85,6 +51,7 @@ def evaluate(
     )
     values = in_parts(value.values, tokens, tokens_per_microbatch, extra_columns=1)
     after_last = tokens.response_lengths[:, None]
+    process = torch.zeros(tokens.mask.shape) if scores.process is None else scores.process
     return Trajectories(
         tokens=tokens,
         behaviour_logprobs=behaviour.to(device),
@@ -94,6 +61,7 @@ def evaluate(
         final_values=values.gather(1, after_last).squeeze(1),
         ended=torch.tensor([rollout.ended for rollout in rollouts], device=device),
         scores=scores.total.to(device),
+        process_rewards=process.to(device),
     )
 
 
@@ -111,26 +79,37 @@ def in_parts(
     return out
 
 
-def estimate_advantages(trajectories: Trajectories, settings: AdvantageSection, kl_coefficient: float) -> Batch:
-    """Rewards with the KL inside them, advantages for the policy, targets for the value model.
+def estimate_advantages(
+    trajectories: Trajectories, settings: AdvantageSection, kl: KlSection, importance_cap: float | None = None
+) -> Batch:
+    """Rewards at tokens, advantages for the policy, targets for the value model.
 
     A response cut at the length limit either is paid its score as at an end (`score`), or is paid nothing and
     the value of its last state stands for what would follow (`bootstrap`); paying both would count the end twice.
+    With an `importance_cap`, tokens are weighed by how much likelier the policy made them than the generator did.
     """
-    scores, final_values = trajectories.scores, torch.zeros_like(trajectories.final_values)
-    if settings.at_limit == "bootstrap":
-        scores = torch.where(trajectories.ended, scores, torch.zeros_like(scores))
-        final_values = torch.where(trajectories.ended, final_values, trajectories.final_values)
     mask, values = trajectories.mask, trajectories.values
-    rewards = algo.token_rewards(scores, trajectories.logprobs, trajectories.reference_logprobs, mask, kl_coefficient)
+    rewards = rewards_at_tokens(trajectories, settings, kl)
+    final_values = bootstrapped_values(trajectories, settings)
 
-    def advantages(lam: float) -> Tensor:
+    def advantages(lam: float | Tensor) -> Tensor:
         return algo.gae(rewards, values, mask, gamma=settings.gamma, lam=lam, final_values=final_values)
 
-    for_policy = advantages(settings.lambda_policy)
+    lam: float | Tensor = settings.lambda_policy
+    if settings.length_adaptive is not None:
+        lam = algo.length_adaptive_lambda(mask.sum(1), settings.length_adaptive).to(values.dtype)
+    for_policy = advantages(lam)
+    if not value_is_baseline(trajectories, settings, kl):
+        earned, _ = monte_carlo_outcomes(trajectories, settings, kl, bootstrap=True)
+        for_policy = torch.where(mask, earned - algo.masked_mean(earned, mask), torch.zeros_like(earned))
+    weights = torch.ones_like(trajectories.logprobs)
+    if importance_cap is not None:
+        weights = algo.importance_weights(trajectories.logprobs, trajectories.behaviour_logprobs, mask, importance_cap)
     return Batch(
         tokens=trajectories.tokens,
         logprobs=trajectories.logprobs,
+        reference_logprobs=trajectories.reference_logprobs,
+        weights=weights,
         values=values,
         rewards=rewards,
         advantages=algo.whiten(for_policy, mask) if settings.whiten else for_policy,
@@ -138,103 +117,54 @@ def estimate_advantages(trajectories: Trajectories, settings: AdvantageSection, 
     )
 
 
-def update(
-    policy: PolicyLearner,
-    value: ValueLearner,
-    batch: Batch,
-    tokens_per_microbatch: int,
-    random: torch.Generator,
-) -> dict[str, float]:
-    """Train the policy and the value model on a batch; the only place where gradients are made."""
-    sums = algo.Sums()
-    sums.add("policy/lr", policy.engine.lr, 1)
-    sums.add("value/lr", value.engine.lr, 1)
-    for minibatch in minibatches(batch, policy.epochs, policy.sequences_per_minibatch, random):
-        update_policy(policy, minibatch, tokens_per_microbatch, sums)
-    for minibatch in minibatches(batch, value.epochs, value.sequences_per_minibatch, random):
-        update_value(value, minibatch, tokens_per_microbatch, sums)
-    return dict(sums.means())
+def rewards_at_tokens(trajectories: Trajectories, settings: AdvantageSection, kl: KlSection | None) -> Tensor:
+    """[B, T]: scores, process rewards and, where `kl` places it in the reward, the KL penalty."""
+    penalties = None
+    if kl is not None and kl.placement == "reward":
+        estimate = algo.kl_estimate(trajectories.logprobs, trajectories.reference_logprobs, kl.estimator)
+        penalties = kl.coefficient * estimate
+    scores = trajectories.scores
+    if settings.at_limit == "bootstrap":
+        scores = torch.where(trajectories.ended, scores, torch.zeros_like(scores))
+    return algo.token_rewards(
+        scores.to(trajectories.values.dtype),
+        trajectories.mask,
+        penalties=penalties,
+        process_rewards=trajectories.process_rewards.to(trajectories.values.dtype),
+    )
 
 
-def update_policy(policy: PolicyLearner, minibatch: Batch, tokens_per_microbatch: int, sums: algo.Sums) -> None:
-    """One optimiser step of the policy."""
-    count = minibatch.tokens.mask.sum()
-    for part in microbatches(minibatch, tokens_per_microbatch):
-        mask = part.tokens.mask
-        loss = algo.ppo_policy_loss(
-            policy.model.logprobs(part.tokens),
-            part.logprobs,
-            part.advantages,
-            mask,
-            clip_low=policy.clip_low,
-            clip_high=policy.clip_high,
-        )
-        policy.engine.backward(loss.total / count)
-        tokens = mask.sum()
-        sums.add("policy/loss", loss.total.detach(), tokens)
-        sums.add("policy/clipfrac", loss.clipped, tokens)
-        sums.add("policy/approx_kl", loss.approx_kl, tokens)
-        sums.add_largest("policy/ratio_max", loss.ratio_max)
-    sums.add("policy/grad_norm", policy.engine.step(), 1)
+def bootstrapped_values(trajectories: Trajectories, settings: AdvantageSection) -> Tensor:
+    """[B]: the value of the state after the last token, where what would follow counts; else 0."""
+    final_values = trajectories.final_values
+    if settings.at_limit == "bootstrap":
+        return torch.where(trajectories.ended, torch.zeros_like(final_values), final_values)
+    return torch.zeros_like(final_values)
 
 
-def update_value(value: ValueLearner, minibatch: Batch, tokens_per_microbatch: int, sums: algo.Sums) -> None:
-    """One optimiser step of the value model."""
-    count = minibatch.tokens.mask.sum()
-    for part in microbatches(minibatch, tokens_per_microbatch):
-        mask = part.tokens.mask
-        loss = algo.value_loss(value.model.values(part.tokens)[:, :-1], part.returns, mask)
-        value.engine.backward(loss / count)
-        sums.add("value/loss", loss.detach(), mask.sum())
-    sums.add("value/grad_norm", value.engine.step(), 1)
-
-
-def minibatches(batch: Batch, epochs: int, size: int, random: torch.Generator) -> Iterator[Batch]:
-    """The batch in a new random order for each epoch, `size` sequences at a time."""
-    for _ in range(epochs):
-        order = torch.randperm(len(batch), generator=random).to(batch.tokens.ids.device)
-        for rows in order.split(size):
-            yield batch.select(rows)
-
-
-def microbatches(batch: Batch, tokens_per_microbatch: int) -> Iterator[Batch]:
-    """A minibatch in parts that fit in memory; the gradient of their sum does not depend on how it was split."""
-    for rows in split_by_tokens(batch.tokens.lengths, tokens_per_microbatch):
-        yield batch.select(rows)
-
-
-def measure(
-    trajectories: Trajectories, batch: Batch, scores: Scores, settings: AdvantageSection, kl_coefficient: float
-) -> dict[str, float]:
-    """What a step's rollouts say about the run, in the field's names; means over all sequences or tokens."""
-    mask = trajectories.mask
-    kl = algo.kl_estimate(trajectories.logprobs, trajectories.reference_logprobs)
-    kl_a_sequence = torch.where(mask, kl, 0.0).sum(1).mean().item()
-    score = trajectories.scores.mean().item()
-    outcomes, known = monte_carlo_outcomes(trajectories, batch, settings)
-    mismatch = (trajectories.behaviour_logprobs - trajectories.logprobs).abs()
-    return {
-        "objective/kl": kl_a_sequence,
-        "objective/kl_coefficient": kl_coefficient,
-        "objective/score": score,
-        "objective/rlhf_reward": score - kl_coefficient * kl_a_sequence,
-        **{f"objective/score/{name}": part.mean().item() for name, part in scores.parts.items()},
-        "policy/entropy": -algo.masked_mean(trajectories.logprobs, mask).item(),
-        "value/explained_variance": algo.explained_variance(batch.values, outcomes, known),
-        "value/mean": algo.masked_mean(batch.values, mask).item(),
-        "advantage/std": (batch.advantages[mask]).std(unbiased=False).item(),
-        "rollout/length": mask.sum(1).float().mean().item(),
-        "rollout/eos_rate": trajectories.ended.float().mean().item(),
-        "rollout/logprob_mismatch": algo.masked_mean(mismatch, mask).item(),
-        "rollout/logprob_mismatch_max": torch.where(mask, mismatch, 0.0).max().item(),
-    }
-
-
-def monte_carlo_outcomes(trajectories: Trajectories, batch: Batch, settings: AdvantageSection) -> tuple[Tensor, Tensor]:
+def monte_carlo_outcomes(
+    trajectories: Trajectories, settings: AdvantageSection, kl: KlSection, bootstrap: bool = False
+) -> tuple[Tensor, Tensor]:
     """What was earned from each token on, [B, T], free of any value, and the mask [B, T] of where it is known.
 
-    Where a cut response would have gone on (`bootstrap`), what it would have earned is not known.
+    Where a cut response would have gone on (`at_limit = "bootstrap"`), what it would have earned is not known;
+    with `bootstrap` the value of its last state stands for it.
     """
     mask = trajectories.mask
-    outcomes = algo.gae(batch.rewards, torch.zeros_like(batch.values), mask, gamma=settings.gamma, lam=1.0)
+    rewards = rewards_at_tokens(trajectories, settings, kl)
+    final_values = bootstrapped_values(trajectories, settings) if bootstrap else None
+    zero = torch.zeros_like(rewards)
+    outcomes = algo.gae(rewards, zero, mask, gamma=settings.gamma, lam=1.0, final_values=final_values)
     return outcomes, mask & trajectories.ended[:, None] if settings.at_limit == "bootstrap" else mask
+
+
+def value_is_baseline(trajectories: Trajectories, settings: AdvantageSection, kl: KlSection) -> bool:
+    """Whether advantages are made with the value model.
+
+    With `baseline = "adaptive"` they are while it explains more of what was earned than the batch's mean does.
+    Source: Pan et al. 2026 (EVPO), who switch at an explained variance of zero.
+    """
+    if settings.baseline != "adaptive":
+        return settings.baseline == "value"
+    outcomes, known = monte_carlo_outcomes(trajectories, settings, kl)
+    return algo.explained_variance(trajectories.values, outcomes, known) > 0

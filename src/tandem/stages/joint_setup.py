@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import PolicySection, PpoConfig, RewardSource, ValueSection
+from tandem.config import KlSection, PpoConfig, RewardSource
 from tandem.data.prompts import PromptLimits, read_prompts
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
@@ -17,15 +17,15 @@ from tandem.models.causal import CausalPolicy
 from tandem.models.loading import context_length, load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy, save_scalar
 from tandem.models.sharing import JointModels, Placement, RewardModel, build_joint
-from tandem.rewards import Reward
 from tandem.rewards.composition import Term, WeightedSum
 from tandem.rewards.function import FunctionReward, RewardFunction, load_function
 from tandem.rewards.model import ModelReward
 from tandem.rollout import Generator, TorchGenerator
 from tandem.run import Progress, RunFolder
-from tandem.stages.joint import PolicyLearner, ValueLearner, evaluate
+from tandem.stages.joint import evaluate
+from tandem.stages.update import Course, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
 from tandem.text import decoder
-from tandem.types import Prompt, Rollout, Scores, Trajectories
+from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,22 @@ class JointStage:
     prompts: Sequence[Prompt]
     heldout: Sequence[Prompt]
     models: JointModels
-    reward: Reward
+    reward: WeightedSum
     reward_models: dict[str, RewardModel]
     generator: Generator
-    policy: PolicyLearner
-    value: ValueLearner
+    learners: tuple[PolicyLearner, ValueLearner] | SharedLearner
     placement: Placement
     random: torch.Generator
 
     def evaluate(self, rollouts: Sequence[Rollout], scores: Scores) -> Trajectories:
         models, budget = self.models, self.placement.tokens_per_microbatch
         return evaluate(rollouts, scores, models.policy, models.reference, models.value, budget)
+
+    def update(self, batch: Batch, kl: KlSection, course: Course, value_epochs: int) -> dict[str, float]:
+        budget = self.placement.tokens_per_microbatch
+        if isinstance(self.learners, SharedLearner):
+            return update_shared(self.learners, batch, kl, budget, self.random, course)
+        return update(*self.learners, batch, kl, budget, self.random, course, value_epochs)
 
     def fresh_generator(self, config: PpoConfig) -> Generator:
         """One with a random state of its own, the same every time, that leaves training's alone."""
@@ -72,39 +77,72 @@ def build(config: PpoConfig, progress: Progress) -> JointStage:
     check_context(config, models, [*prompts[0], *prompts[1]])
     introduce(reward_models, progress)
     random = torch.Generator(device=device).manual_seed(config.run.seed)
-    policy, value = learners(config, models)
+    generator = make_generator(models.policy, tokenizer, config, random)
+    reward = WeightedSum(reward_terms(config.rewards, reward_models, functions, tokenizer))
     return JointStage(
         tokenizer=tokenizer,
         prompts=prompts[0],
         heldout=prompts[1],
         models=models,
-        reward=WeightedSum(reward_terms(config.rewards, reward_models, functions), config.score),
+        reward=centred_on_reference(reward, config, models, tokenizer, prompts[0], progress),
         reward_models=reward_models,
-        generator=make_generator(models.policy, tokenizer, config, random),
-        policy=policy,
-        value=value,
+        generator=generator,
+        learners=learners(config, models),
         placement=placement,
         random=torch.Generator().manual_seed(config.run.seed),
     )
 
 
 def reward_terms(
-    sources: Sequence[RewardSource], models: dict[str, RewardModel], functions: dict[str, RewardFunction]
+    sources: Sequence[RewardSource],
+    models: dict[str, RewardModel],
+    functions: dict[str, RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Term]:
-    """The terms of the reward by the names that metrics call them by; a second one of a name gets a number."""
+    """The terms of the reward by the names that metrics call them by."""
     terms: dict[str, Term] = {}
-    seen: Counter[str] = Counter()
-    for source in sources:
+    for source, name in zip(sources, term_names(sources), strict=True):
         if source.model is not None:
-            name, model = "reward_model", models[source.model]
-            term = Term(ModelReward(model.scorer, model.tokenizer, source.model, model.context), source.weight)
+            model = models[source.model]
+            terms[name] = Term(ModelReward(model.scorer, model.tokenizer, source.model, model.context), source.weight)
         else:
             assert source.function is not None
-            name = source.function.rpartition(":")[2]
-            term = Term(FunctionReward(functions[source.function], source.function), source.weight)
-        seen[name] += 1
-        terms[name if seen[name] == 1 else f"{name}_{seen[name]}"] = term
+            reward = FunctionReward(functions[source.function], source.function, decoder(tokenizer))
+            terms[name] = Term(reward, source.weight)
     return terms
+
+
+def term_names(sources: Sequence[RewardSource]) -> list[str]:
+    """What metrics call the terms: reward_model, or the function's name; a second one of a name gets a number."""
+    seen: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        name = "reward_model" if source.function is None else source.function.rpartition(":")[2]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names
+
+
+def centred_on_reference(
+    reward: WeightedSum,
+    config: PpoConfig,
+    models: JointModels,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    progress: Progress,
+) -> WeightedSum:
+    """The reward with the terms that ask for it less their mean on responses that the reference gives."""
+    names = [name for name, source in zip(term_names(config.rewards), config.rewards, strict=True) if source.center]
+    if not names:
+        return reward
+    random = torch.Generator(device=models.reference.device).manual_seed(config.run.seed + 2)
+    generator = make_generator(models.reference, tokenizer, config, random)
+    count = config.score.reference_samples
+    rollouts = generator.generate([prompts[index % len(prompts)] for index in range(count)])
+    centred = reward.centred(names, rollouts)
+    for name in names:
+        progress.say(f"{name}: {centred.terms[name].offset:.4g} on average on {count} responses of the reference.")
+    return centred
 
 
 def read_all_prompts(
@@ -157,35 +195,18 @@ def introduce(reward_models: dict[str, RewardModel], progress: Progress) -> None
             )
 
 
-def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, ValueLearner]:
-    """Each model with its optimiser, whose schedule spans all updates of the run."""
-    sequences = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-
-    def updates(section: PolicySection | ValueSection) -> int:
-        return config.steps * section.epochs * -(-sequences // section.sequences_per_minibatch)
-
+def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, ValueLearner] | SharedLearner:
+    """Each model with its optimiser, or both with one where they share their trunk."""
     policy, value = config.policy, config.value
-    policy_groups = [ParameterGroup(models.policy_parameters, policy.lr)]
-    head = list(models.value.head.parameters())
-    value_groups = [
-        ParameterGroup(models.value_parameters, value.lr),
-        ParameterGroup(head, value.head_lr or value.lr),
-    ]
+    head = ParameterGroup(list(models.value.head.parameters()), value.head_lr or value.lr)
+    trunk = ParameterGroup(models.policy_parameters, policy.lr)
+    if models.shared is not None:
+        stop = config.sharing.head_gradient == "stop"
+        return SharedLearner(models.shared, LocalEngine([trunk, head], policy), policy, value, stop)
+    of_value = [ParameterGroup(models.value_parameters, value.lr), head]
     return (
-        PolicyLearner(
-            model=models.policy,
-            engine=LocalEngine(policy_groups, policy, updates(policy)),
-            epochs=policy.epochs,
-            sequences_per_minibatch=policy.sequences_per_minibatch,
-            clip_low=policy.clip_low,
-            clip_high=policy.clip_high,
-        ),
-        ValueLearner(
-            model=models.value,
-            engine=LocalEngine(value_groups, value, updates(value)),
-            epochs=value.epochs,
-            sequences_per_minibatch=value.sequences_per_minibatch,
-        ),
+        PolicyLearner(models.policy, LocalEngine([trunk], policy), policy),
+        ValueLearner(models.value, LocalEngine(of_value, value), value),
     )
 
 

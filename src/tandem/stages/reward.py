@@ -49,13 +49,14 @@ def run_reward(config: RewardConfig, progress: Progress) -> dict[str, Any]:
     folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
     budget = config.compute.tokens_per_microbatch
     steps = math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch)
-    engine = learner.engine(config, steps)
+    engine = learner.engine(config)
     random = torch.Generator().manual_seed(config.run.seed)
     heldout: dict[str, float] = {}
     order = endless_order(by_prompt(rows.train), random)
     with Interrupt() as interrupt, progress.stage("reward model", steps) as shown:
         for step in range(1, steps + 1):
             pairs = [next(order) for _ in range(config.pairs_per_minibatch)]
+            engine.set_progress(step - 1, steps)
             metrics = {"train/lr": engine.lr, **train_on(learner, pairs, engine, config)}
             last = step == steps or interrupt.requested
             if rows.heldout and (step % config.eval_every == 0 or last):
@@ -92,11 +93,11 @@ class RewardLearner:
     model: ScalarModel
     body: Sequence[nn.Parameter]
 
-    def engine(self, config: RewardConfig, steps: int) -> LocalEngine:
+    def engine(self, config: RewardConfig) -> LocalEngine:
         head = list(self.model.head.parameters())
         lr = config.optimizer.lr
         groups = [ParameterGroup(self.body, lr), ParameterGroup(head, config.head_lr or lr)]
-        return LocalEngine(groups, config.optimizer, steps)
+        return LocalEngine(groups, config.optimizer)
 
 
 def build(config: RewardConfig, device: torch.device) -> RewardLearner:

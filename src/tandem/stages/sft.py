@@ -51,12 +51,13 @@ def run_sft(config: SftConfig, progress: Progress) -> dict[str, Any]:
     folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
     budget = config.compute.tokens_per_microbatch
     steps = math.ceil(config.epochs * len(rows.train) / config.sequences_per_minibatch)
-    engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer, steps)
+    engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer)
     order = endless_order([[example] for example in rows.train], torch.Generator().manual_seed(config.run.seed))
     before = after = measure_heldout(model, rows.heldout, budget)
     with Interrupt() as interrupt, progress.stage("SFT", steps) as shown:
         for step in range(1, steps + 1):
             examples = [next(order) for _ in range(config.sequences_per_minibatch)]
+            engine.set_progress(step - 1, steps)
             metrics = {"train/lr": engine.lr, **train_on(model, examples, engine, budget)}
             last = step == steps or interrupt.requested
             if step % config.eval_every == 0 or last:

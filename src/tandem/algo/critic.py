@@ -1,0 +1,90 @@
+"""How good a value model is, held against what was earned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tandem.algo.masked import masked_mean, masked_sum
+
+
+def explained_variance(values: Tensor, outcomes: Tensor, mask: Tensor) -> float:
+    """1 - Var(outcome - value) / Var(outcome) over all tokens [B, T] of the mask.
+
+    1 is a perfect critic, 0 one no better than a constant; NaN where the outcomes do not vary. Held against
+    Monte-Carlo outcomes it does not contain the values themselves.
+    """
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_sum((x - masked_mean(x, mask)).square(), mask)
+
+    spread = variance(outcomes)
+    return float("nan") if not spread > 0 else float(1 - variance(outcomes - values) / spread)
+
+
+def explained_variance_by_position(values: Tensor, outcomes: Tensor, mask: Tensor, parts: int) -> list[float]:
+    """The explained variance in each of `parts` equal stretches of the responses, first to last.
+
+    Token t of a response of l tokens belongs to stretch floor(parts * t / l).
+    """
+    place = torch.arange(mask.shape[1], device=mask.device)[None, :] * parts
+    stretch = place // mask.sum(1, keepdim=True).clamp(min=1)
+    return [explained_variance(values, outcomes, mask & (stretch == part)) for part in range(parts)]
+
+
+@dataclass(frozen=True)
+class CalibrationGroup:
+    """Tokens of similar predicted value: the mean of what was predicted, of what was earned, and their number."""
+
+    predicted: float
+    earned: float
+    tokens: int
+
+
+def calibration(values: Tensor, outcomes: Tensor, mask: Tensor, groups: int = 10) -> list[CalibrationGroup]:
+    """Predicted value against outcome by quantile of the predicted value (deciles), lowest first.
+
+    A calibrated critic earns in each group what it predicted there. There are fewer groups than asked for where
+    there are fewer tokens.
+    """
+    predicted, order = values[mask].sort(stable=True)
+    earned = outcomes[mask][order]
+
+    def of_each_group() -> Iterator[CalibrationGroup]:
+        for p, e in zip(predicted.tensor_split(groups), earned.tensor_split(groups), strict=True):
+            if len(p) > 0:
+                yield CalibrationGroup(float(p.mean()), float(e.mean()), len(p))
+
+    return list(of_each_group())
+
+
+def calibration_error(groups: list[CalibrationGroup]) -> float:
+    """Mean over tokens of the gap between predicted and earned in their group, in units of the reward."""
+    tokens = sum(group.tokens for group in groups)
+    return sum(abs(group.predicted - group.earned) * group.tokens for group in groups) / max(1, tokens)
+
+
+def optimality_certificate(
+    rewards: Tensor,
+    log_ratios: Tensor,
+    values: Tensor,
+    final_values: Tensor,
+    mask: Tensor,
+    kl_coefficient: float,
+) -> float:
+    """Root mean square of r_t - beta * log(pi / pi_ref) + V(s_{t+1}) - V(s_t) over tokens, in units of the reward.
+
+    `rewards` [B, T] are those without the KL; `log_ratios`, `values`, `mask` [B, T]; `final_values` [B] (zero after
+    an end). At the optimum of the KL-regularised objective it is zero at every token, whatever was sampled: both
+    log pi*(y_t|s_t) = log pi_ref(y_t|s_t) + (V*(s_{t+1}) - V*(s_t)) / beta and V* are exact there. So under a fixed
+    coefficient it must shrink as policy and value model approach the optimum together.
+    Source: the Bellman equation of entropy-regularised control; Nachum et al. 2017, theorem 1.
+    """
+    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    last = mask.sum(1, keepdim=True) - 1
+    following = following.scatter(1, last, final_values[:, None].to(values.dtype))
+    gap = rewards - kl_coefficient * log_ratios + following - values
+    return float(masked_mean(gap.square(), mask).sqrt())

@@ -1,0 +1,112 @@
+"""Rollouts on disk: how they are written, one JSON object each, and how a value model learns from them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tandem.config import PpoConfig
+from tandem.errors import InputError
+from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
+
+
+@dataclass(frozen=True)
+class SavedRollout:
+    """A rollout and what it earned, as an earlier run found it: at its last token, and at each of its tokens."""
+
+    rollout: Rollout
+    score: float
+    process: tuple[float, ...] | None
+
+
+def records(
+    rollouts: Sequence[Rollout],
+    trajectories: Trajectories,
+    batch: Batch,
+    scores: Scores,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    """Samples as they are saved: text, scores and every per-token number."""
+    per_token = {
+        "behaviour_logprobs": trajectories.behaviour_logprobs,
+        "logprobs": trajectories.logprobs,
+        "reference_logprobs": trajectories.reference_logprobs,
+        "values": trajectories.values,
+        "rewards": batch.rewards,
+        "advantages": batch.advantages,
+        "returns": batch.returns,
+    }
+    if scores.process is not None:
+        per_token["process_rewards"] = scores.process
+
+    def numbers(row: int, length: int) -> Iterator[tuple[str, list[float]]]:
+        for name, tensor in per_token.items():
+            yield name, [round(value, 6) for value in tensor[row, :length].tolist()]
+
+    return [
+        {
+            "prompt": rollout.prompt.text,
+            "prompt_ids": list(rollout.prompt.ids),
+            "response": rollout.text,
+            "ended": rollout.ended,
+            "score": float(scores.total[row]),
+            "scores": {name: float(part[row]) for name, part in scores.parts.items()},
+            "tokens": [tokenizer.decode([token]) for token in rollout.ids],
+            "ids": list(rollout.ids),
+            **dict(numbers(row, len(rollout.ids))),
+        }
+        for row, rollout in enumerate(rollouts)
+    ]
+
+
+def read_saved(config: PpoConfig) -> list[SavedRollout]:
+    """The rollouts that `value.pretraining` names; none where it is unset.
+
+    Raises InputError where there are fewer than ten, or a line is not what `records` writes.
+    """
+    settings = config.value.pretraining
+    if settings is None:
+        return []
+    path = Path(settings.rollouts)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    found: list[SavedRollout] = []
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise InputError(f"value.pretraining.rollouts: {file} cannot be read ({error.strerror}).") from None
+        found += [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
+    if len(found) < 10:
+        raise InputError(
+            f"value.pretraining.rollouts = {settings.rollouts!r} holds {len(found)} rollouts; at least 10 are needed "
+            "(a run saves more with rollouts_to_save)."
+        )
+    return found
+
+
+def _parse(line: str, where: str) -> SavedRollout:
+    try:
+        row = json.loads(line)
+        prompt = Prompt(ids=tuple(row["prompt_ids"]), text=row["prompt"], messages=None, row={})
+        rollout = Rollout(prompt, tuple(row["ids"]), tuple(row["behaviour_logprobs"]), row["response"], row["ended"])
+        process = tuple(row["process_rewards"]) if "process_rewards" in row else None
+        return SavedRollout(rollout, float(row["score"]), process)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{where}: is no rollout that a run of this version saved ({type(error).__name__}: {error})."
+        ) from None
+
+
+def as_scored(saved: Sequence[SavedRollout]) -> tuple[list[Rollout], Scores]:
+    """Saved rollouts with what they earned."""
+    process = None
+    if any(one.process is not None for one in saved):
+        rows = [torch.tensor(one.process or (0.0,) * len(one.rollout.ids)) for one in saved]
+        process = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return [one.rollout for one in saved], Scores(torch.tensor([one.score for one in saved]), {}, process)

@@ -1,0 +1,96 @@
+"""What a joint run carries from step to step besides weights, optimisers and random state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torch import Tensor
+
+from tandem.algo import AdaptiveEpochs, AdaptiveKl, RunningMoments
+from tandem.config import KlSection, PpoConfig, WarmupSection
+from tandem.stages.update import Course
+from tandem.types import Batch
+
+RETURNS_MEMORY = 20_000.0
+
+
+@dataclass(frozen=True)
+class JointState:
+    """The course of the run, the adaptive KL, the moments of scores and returns, and the value model's epochs.
+
+    The moments of returns remember about the latest 20,000 tokens, so that they follow a drift of scale.
+    """
+
+    course: Course
+    warmup: WarmupSection | None
+    kl: AdaptiveKl
+    scores: RunningMoments
+    returns: RunningMoments
+    value_epochs: AdaptiveEpochs
+
+    @property
+    def finished(self) -> bool:
+        return not self.course.warming_up and self.course.done >= self.course.total
+
+    @property
+    def step(self) -> int:
+        """Steps of either kind that are done."""
+        return self.course.warmup_done + self.course.done
+
+    def kl_section(self, settings: KlSection) -> KlSection:
+        """The settings with the coefficient as it is now."""
+        return settings.model_copy(update={"coefficient": self.kl.coefficient})
+
+    def with_scores(self, scores: Tensor) -> Self:
+        return replace(self, scores=self.scores.after(scores))
+
+    def with_returns(self, batch: Batch) -> Self:
+        return replace(self, returns=self.returns.after(batch.returns[batch.tokens.mask]))
+
+    def after(self, metrics: Mapping[str, float], sequences: int) -> Self:
+        """The state after a step with these metrics."""
+        explained = metrics["value/explained_variance"]
+        return replace(
+            self,
+            course=self._next(explained),
+            kl=self.kl.after(metrics["objective/kl"], sequences),
+            value_epochs=self.value_epochs.after(explained),
+        )
+
+    def _next(self, explained_variance: float) -> Course:
+        course = self.course
+        if not course.warming_up:
+            return replace(course, done=course.done + 1)
+        assert self.warmup is not None
+        done = course.warmup_done + 1
+        wanted = self.warmup.explained_variance
+        enough = wanted is not None and explained_variance >= wanted
+        return replace(course, warmup_done=done, warming_up=not enough and done < self.warmup.steps)
+
+
+def start_state(config: PpoConfig) -> JointState:
+    """Where every run begins."""
+    value, kl = config.value, config.kl
+    adaptive = value.adaptive
+    return JointState(
+        course=Course(
+            done=0,
+            total=config.steps,
+            warmup_done=0,
+            warmup_total=value.warmup.steps if value.warmup else 0,
+            warming_up=value.warmup is not None,
+        ),
+        warmup=value.warmup,
+        kl=AdaptiveKl(kl.coefficient, kl.target, kl.horizon),
+        scores=RunningMoments(),
+        returns=RunningMoments(memory=RETURNS_MEMORY),
+        value_epochs=AdaptiveEpochs(
+            epochs=value.epochs,
+            least=value.epochs,
+            most=adaptive.max_epochs if adaptive else value.epochs,
+            raise_below=adaptive.raise_below if adaptive else float("-inf"),
+            lower_above=adaptive.lower_above if adaptive else float("inf"),
+        ),
+    )
