@@ -1,8 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# What the ablations work on: a small story model, {"text"} rows, and the demo's base model.
+STORY_MODEL ?= ../shared/models/stories260K
+STORIES ?= ../shared/data/tinystories/train.jsonl
+DEMO_MODEL ?= $(HOME)/.cache/tandem/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds test lint format examples clean
+.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -16,6 +20,15 @@ demo: .venv/ready ## RLHF on a laptop: reward model, then policy and value model
 demo-seeds: .venv/ready ## the demo on three seeds, side by side in docs/results/demo.md
 	for seed in 0 1 2; do $(BIN)/tandem demo --seed $$seed --run-dir runs/demo-seed-$$seed || exit 1; done
 	$(BIN)/python benchmarks/demo_seeds.py runs/demo-seed-0 runs/demo-seed-1 runs/demo-seed-2
+
+oracles: .venv/ready ## joint optimisation against exact solutions, on three seeds: docs/results/oracles.md
+	PYTHONPATH=benchmarks $(BIN)/python -m oracles
+
+ablation-stories: .venv/ready ## options of the joint stage on a story model: docs/results/ablation-stories.md
+	PYTHONPATH=benchmarks $(BIN)/python -m ablation stories $(STORY_MODEL) $(STORIES)
+
+ablation-demo: .venv/ready ## the same on the demo's task, after make demo-seeds: docs/results/ablation-demo.md
+	PYTHONPATH=benchmarks $(BIN)/python -m ablation demo $(DEMO_MODEL) $(wildcard runs/demo-seed-*)
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest

@@ -21,6 +21,16 @@ class Row:
     below: float | None = None
     above: float | None = None
 
+    @property
+    def gate(self) -> str:
+        if self.below is not None:
+            return f"< {self.below:g}"
+        return "" if self.above is None else f"> {self.above:g}"
+
+    def missed(self, gap: float) -> bool:
+        """Whether a seed's gap is on the wrong side of the gate."""
+        return (self.below is not None and gap >= self.below) or (self.above is not None and gap <= self.above)
+
 
 def first_tree() -> Task:
     return tree(seed=0)

@@ -47,7 +47,8 @@ class Result:
     """Where training ended, held against the exact solution.
 
     gap: KL(pi || pi*) in nats; value_rmse: of V against V*, weighted by how often the policy comes by, over the
-    states before the last token; start_error: |V(start) - V*(start)|; certificates: of each step.
+    states before the last token; start_error: |V(start) - V*(start)|; certificates: of each step; policy: its
+    log-probabilities [S, V] at the end.
     """
 
     start_gap: float
@@ -56,6 +57,7 @@ class Result:
     start_error: float
     certificates: list[float]
     metrics: list[dict[str, float]]
+    policy: torch.Tensor
 
 
 def recipe(task: Task, setup: Setup) -> PpoConfig:
@@ -124,6 +126,7 @@ def train(task: Task, setup: Setup, seed: int) -> Result:
         start_error=float(errors[0].abs()),
         certificates=[row["objective/certificate"] for row in metrics],
         metrics=metrics,
+        policy=policy.table().detach(),
     )
 
 

@@ -1,0 +1,107 @@
+"""The whole table of exact oracles on several seeds: docs/results/oracles.md, .json and .png.
+
+usage: python -m oracles [SEEDS]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oracles.report import page, plot
+from oracles.reward_then_policy import Study, draw_pairs, exact_curve, fit_error, fit_reward, study
+from oracles.settings import COUNTER_ROWS, TREE_ROWS
+from oracles.tabular import tree
+from oracles.training import train
+from oracles.transformer import train_transformer
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+ROWS = {row.name: row for row in TREE_ROWS} | {f"counter: {row.name}": row for row in COUNTER_ROWS}
+PAIRS = [2**k for k in range(10, 19, 2)]
+STUDIED = [(2**10, 0), (2**14, 0)]
+BETAS = [1.0, 0.5, 0.25]
+
+
+def run_row(job: tuple[str, int]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    name, seed = job
+    row, started = ROWS[name], time.monotonic()
+    found = train(row.task(), row.setup, seed)
+    return {
+        "name": name,
+        "seed": seed,
+        "start_gap": found.start_gap,
+        "gap": found.gap,
+        "value_rmse": found.value_rmse,
+        "start_error": found.start_error,
+        "certificate": [found.certificates[0], found.certificates[-1]],
+        "gaps": [metrics["oracle/gap"] for metrics in found.metrics][::5],
+        "certificates": found.certificates[::5],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def run_study(job: tuple[int, int]) -> Study:
+    torch.set_num_threads(1)
+    return study(*job, BETAS)
+
+
+def run_fit(job: tuple[int, int]) -> dict[str, float]:
+    torch.set_num_threads(1)
+    pairs, seed = job
+    task = tree(seed=0)
+    fitted = fit_reward(task, *draw_pairs(task, pairs, seed))
+    curve = exact_curve(task, fitted)
+    peak = max(point.gold for point in curve)
+    return {"pairs": pairs, "seed": seed, "error": fit_error(task, fitted), "lost": peak - curve[-1].gold}
+
+
+def run_transformer(seed: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    found = train_transformer(seed, steps=400)
+    return {
+        "seed": seed,
+        "start_gap": found.start_gap,
+        "gap": found.gap,
+        "mass_error": found.mass_error,
+        "mismatch": max(row["rollout/logprob_mismatch_max"] for row in found.metrics),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def main(seeds: int) -> int:
+    jobs = [(name, seed) for seed in range(seeds) for name in ROWS]
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        by_transformer = list(pool.map(run_transformer, range(seeds)))
+        fits = list(pool.map(run_fit, [(pairs, seed) for pairs in PAIRS for seed in range(seeds)]))
+        studies = list(pool.map(run_study, STUDIED))
+        found = []
+        for number, row in enumerate(pool.map(run_row, jobs), start=1):
+            found.append(row)
+            print(f"{number}/{len(jobs)}  {row['name']}: {row['gap']:.4f}  ({row['seconds']:.0f} s)", flush=True)
+    everything = {
+        "rows": found,
+        "fits": fits,
+        "studies": [asdict(one) | {"turns_over_by": one.turns_over_by} for one in studies],
+        "transformer": by_transformer,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "oracles.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    text, failures = page(everything, ROWS)
+    (RESULTS / "oracles.md").write_text(text, encoding="utf-8")
+    plot(everything, RESULTS / "oracles.png")
+    for failure in failures:
+        print(f"FAILED {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 3))
