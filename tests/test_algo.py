@@ -198,6 +198,14 @@ def test_critic_quality_by_position_and_decile():
         assert group.earned == pytest.approx(2 * group.predicted + 1, abs=1e-5)
     assert [group.predicted for group in groups] == sorted(group.predicted for group in groups)
     assert algo.calibration_error(algo.calibration(values, values, mask)) == 0.0
+    assert math.isnan(algo.calibration_error([]))
+
+
+@pytest.mark.parametrize("outcome", [0.0, 0.3, 1e6])
+def test_outcomes_that_do_not_vary_explain_nothing(outcome):
+    values, mask = torch.randn(1, 7), torch.ones(1, 7, dtype=torch.bool)
+    assert math.isnan(algo.explained_variance(values, torch.full((1, 7), outcome), mask))
+    assert algo.RunningMoments().after(torch.full((7,), outcome)).std == 1.0
 
 
 def test_kl_estimators_agree_in_expectation():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,12 +29,13 @@ from tandem.stages.measure import measure
 from tandem.stages.reward import RewardLearner, measure_heldout, train_on
 from tandem.stages.sft import loss_parts
 from tandem.stages.update import (
+    Course,
     PolicyLearner,
     SharedLearner,
     ValueLearner,
-    gradient_cosine,
     update_both,
     update_policy,
+    update_shared,
     update_value,
 )
 from tandem.types import Prompt, Rollout, Scores
@@ -44,9 +47,6 @@ class Recorder:
     """An engine that makes gradients and never moves a weight."""
 
     lr = 0.0
-
-    def set_progress(self, done: float, total: float) -> None:
-        pass
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -204,56 +204,101 @@ def test_value_losses(trunk, settings):
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-3, abs=1e-5)
 
 
-def shared_learner(trunk: Trunk, stop_gradient: bool, engine) -> SharedLearner:
-    policy, value = CausalPolicy(trunk, FULL_DISTRIBUTION), scalar(trunk)
-    settings = PolicySection(model="m"), ValueSection(coefficient=0.5)
-    return SharedLearner(PolicyWithValueHead(policy, value), engine, *settings, stop_gradient)
+def shared_learner(trunk: Trunk, stop_gradient: bool, engine, **policy) -> SharedLearner:
+    model = PolicyWithValueHead(CausalPolicy(trunk, FULL_DISTRIBUTION), scalar(trunk))
+    sections = PolicySection(model="m", **policy), ValueSection(coefficient=0.5)
+    return SharedLearner(model, engine, *sections, stop_gradient, cosine_every=1)
 
 
-@pytest.mark.parametrize("stop_gradient", [False, True])
-def test_both_losses_at_once(trunk, stop_gradient):
-    learner = shared_learner(trunk, stop_gradient, Recorder())
-    batch, _ = judged(trunk, learner.model.policy, learner.model.value, 10**6)
-    trunk.model.requires_grad_(True)
-    results = []
-    for budget in BUDGETS:
-        assert update_both(learner, batch, KlSection(), budget, algo.Sums(), train_policy=True)
-        results.append(gradients(trunk))
-    assert_all_close(results)
-    apart = PolicyLearner(learner.model.policy, Recorder(), learner.policy)
-    update_policy(apart, batch, KlSection(), 10**6, algo.Sums())
-    if not stop_gradient:
-        value = ValueLearner(learner.model.value, Recorder(), learner.value)
-        by_policy = gradients(trunk)
-        update_value(value, batch, 10**6, algo.Sums())
-        assert_all_close([results[0], by_policy + 0.5 * padded(gradients(trunk), by_policy)])
-    else:
-        assert_all_close([results[0], gradients(trunk)])
-
-
-def padded(by_value: torch.Tensor, by_policy: torch.Tensor) -> torch.Tensor:
-    """The value loss does not reach the output matrix, whose gradient comes last."""
-    return torch.cat([by_value, by_value.new_zeros(len(by_policy) - len(by_value))])
-
-
-def test_gradient_cosine_is_that_of_the_two_losses(trunk):
-    trunk.model.requires_grad_(True)
+def alone(learner: SharedLearner, batch, trunk: Trunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the two losses, each by itself, in one order of parameters."""
     parameters = list(trunk.model.parameters())
-    engine = LocalEngine([ParameterGroup(parameters, 0.1)], OptimizerSection())
-    learner = shared_learner(trunk, False, engine)
-    batch, _ = judged(trunk, learner.model.policy, learner.model.value, 10**6)
-    found = [gradient_cosine(learner, batch, KlSection(), budget) for budget in BUDGETS]
-    assert found == pytest.approx([found[0]] * 3, abs=1e-4)
-    assert engine.gradient().abs().max() == 0
+
+    def gradient() -> torch.Tensor:
+        found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        trunk.model.zero_grad(set_to_none=True)
+        return found
+
     update_policy(
         PolicyLearner(learner.model.policy, Recorder(), learner.policy), batch, KlSection(), 10**6, algo.Sums()
     )
-    by_policy = gradients(trunk)
+    by_policy = gradient()
     update_value(ValueLearner(learner.model.value, Recorder(), learner.value), batch, 10**6, algo.Sums())
-    by_value = padded(gradients(trunk), by_policy)
-    both = (by_policy != 0) & (by_value != 0)
-    expected = torch.nn.functional.cosine_similarity(by_policy[both], by_value[both], dim=0)
-    assert found[0] == pytest.approx(float(expected), abs=1e-4)
+    return by_policy, gradient()
+
+
+def engine_of(trunk: Trunk, *more) -> LocalEngine:
+    return LocalEngine([ParameterGroup([*trunk.model.parameters(), *more], 0.1)], OptimizerSection(max_grad_norm=1e9))
+
+
+class Kept(LocalEngine):
+    """Keeps the gradient that it would have stepped by, and moves nothing."""
+
+    kept: torch.Tensor
+
+    def step(self) -> float:
+        self.kept = torch.cat([torch.zeros(1) if g is None else g.flatten() for g in self.take()])
+        return 0.0
+
+
+@pytest.mark.parametrize("with_cosine", [False, True])
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_both_losses_at_once(trunk, stop_gradient, with_cosine):
+    trunk.model.requires_grad_(True)
+    kept = Kept([ParameterGroup(list(trunk.model.parameters()), 0.1)], OptimizerSection())
+    learner = shared_learner(trunk, stop_gradient, kept)
+    batch, _ = judged(trunk, learner.model.policy, learner.model.value, 10**6)
+    results, cosines = [], []
+    for budget in BUDGETS:
+        sums = algo.Sums()
+        measured = with_cosine and not stop_gradient
+        assert update_both(learner, batch, KlSection(), budget, sums, with_cosine=measured)
+        results.append(kept.kept)
+        cosines.append(sums.means().get("policy/value_gradient_cosine", 0.0))
+    assert_all_close(results)
+    by_policy, by_value = alone(learner, batch, trunk)
+    expected = by_policy if stop_gradient else by_policy + 0.5 * by_value
+    assert torch.allclose(results[0], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    if with_cosine and not stop_gradient:
+        both = (by_policy != 0) & (by_value != 0)
+        expected = torch.nn.functional.cosine_similarity(by_policy[both], by_value[both], dim=0)
+        assert cosines == pytest.approx([float(expected)] * 3, abs=1e-4)
+
+
+def test_a_policy_that_moved_too_far_rests_while_its_value_head_learns_on(trunk):
+    trunk.model.requires_grad_(True)
+    policy = {"max_approx_kl": 1e-9, "epochs": 3, "sequences_per_minibatch": 1, "lr": 0.1}
+    learner = shared_learner(trunk, False, None, **policy)
+    engine = engine_of(trunk, *learner.model.value.head.parameters())
+    learner = replace(learner, engine=engine)
+    batch, _ = judged(trunk, learner.model.policy, learner.model.value, 10**6)
+    head = learner.model.value.head.weight.clone()
+    random = torch.Generator().manual_seed(0)
+    found = update_shared(learner, batch, KlSection(), 10**6, random, Course(0, 1))
+    assert found["policy/updates"] == 1
+    assert found["value/updates"] == 8
+    assert found["policy/stopped_early"] == 1
+    before = torch.cat([p.detach().flatten() for p in trunk.model.parameters()])
+    found = update_shared(learner, batch, KlSection(), 10**6, random, Course(0, 1, warming_up=True), 5)
+    assert found["value/updates"] == 15
+    assert torch.equal(before, torch.cat([p.detach().flatten() for p in trunk.model.parameters()]))
+    assert not torch.equal(head, learner.model.value.head.weight)
+
+
+def test_values_in_other_units_are_the_same_values_and_gradients_scale(trunk):
+    settings = ValueSection(normalize=True)
+    value = scalar(trunk, settings)
+    batch, _ = judged(trunk, CausalPolicy(trunk, FULL_DISTRIBUTION), value, 10**6)
+    before = value.values(batch.tokens)
+    value.head.requires_grad_(True)
+    learner, norms = ValueLearner(value, Recorder(), settings), []
+    for mean, std in ((0.0, 1.0), (3.0, 4.0), (-1.0, 0.5)):
+        value.rescale(mean, std)
+        assert torch.allclose(value.values(batch.tokens), before, atol=1e-5)
+        update_value(learner, batch, 10**6, algo.Sums())
+        norms.append(value.head.bias.grad.item() * std)
+        value.head.zero_grad()
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
 
 def test_recomputed_chunks_have_the_gradient_of_the_whole():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import ARCHITECTURES
-from tandem.config import AdapterSection
+from tandem.algo import Histogram
+from tandem.config import AdapterSection, HistogramSection, ValueSection
 from tandem.errors import InputError
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy, SamplingRule
 from tandem.models.loading import load_causal, load_scalar, load_tokenizer
 from tandem.models.saving import load_adapter, save_policy, save_scalar
 from tandem.models.scalar import ScalarModel, as_scalar, load_body, zero_head
 from tandem.models.scoring import ClassifierScorer, DecoderScorer
+from tandem.models.sharing import histogram_of, value_head
 from tandem.models.trunk import Trunk
 from tandem.types import pad_tokens, split_by_tokens, whole_texts
 
@@ -137,6 +141,35 @@ def test_scalar_model_is_saved_as_a_classifier(tiny, tmp_path, architecture, ada
         other = Trunk(load(source))
         head = load_adapter(other, "reward", LORA, tmp_path / "out" / "adapter")
         assert torch.allclose(DecoderScorer(ScalarModel(other, head, "reward"), 64).score(texts), expected, atol=1e-4)
+
+
+def test_values_in_other_units_are_saved_in_those_of_the_reward(tiny, tmp_path):
+    start = zero_head(32, CPU)
+    torch.nn.init.normal_(start.weight)
+    model = ScalarModel(Trunk(load(tiny())), value_head(ValueSection(normalize=True), start))
+    before = model.values(some_tokens())
+    model.rescale(3.0, 4.0)
+    torch.nn.init.constant_(model.head.bias, 0.25)
+    save_scalar(model, load_tokenizer(str(tiny()), "model"), tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    add = json.loads((tmp_path / "value.json").read_text())["add"]
+    assert add == pytest.approx(3.0 + 4.0 * 0.25)
+    found = loaded(input_ids=torch.tensor([[5, 6, 7]])).logits.item() + add
+    assert found == pytest.approx(model.values(some_tokens())[0, 0].item(), abs=1e-4)
+    assert found == pytest.approx(before[0, 0].item() + 3.0 + 1.0, abs=1e-4)
+
+
+def test_a_categorical_head_starts_at_zero_and_is_saved_with_its_bins(tiny, tmp_path):
+    settings = ValueSection(loss="hl_gauss", histogram=HistogramSection(low=-1.0, high=9.0, bins=40))
+    model = ScalarModel(Trunk(load(tiny())), value_head(settings, zero_head(32, CPU)), histogram=histogram_of(settings))
+    tokens = some_tokens()
+    assert model.values(tokens)[:, 0].abs().max() < 0.1
+    torch.nn.init.normal_(model.head.weight)
+    save_scalar(model, load_tokenizer(str(tiny()), "model"), tmp_path)
+    note = json.loads((tmp_path / "value.json").read_text())
+    logits = AutoModelForSequenceClassification.from_pretrained(tmp_path)(input_ids=torch.tensor([[5, 6, 7]])).logits
+    found = Histogram(**note["histogram"]).mean(logits + torch.tensor(note["add"]))
+    assert found.item() == pytest.approx(model.values(tokens)[0, 0].item(), abs=1e-3)
 
 
 def test_values_stand_before_each_token_and_after_the_last(tiny):

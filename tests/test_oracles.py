@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from oracles.reward_then_policy import draw_pairs, exact_curve, fit_error, fit_reward, gold_on_curve, trained_point
 from oracles.settings import COUNTER_ROWS, TREE_ROWS, Row
 from oracles.tabular import (
     PROMPT,
@@ -22,12 +23,13 @@ from oracles.tabular import (
     value_of,
 )
 from oracles.training import BUDGET, Setup, train
+from oracles.transformer import train_transformer
 from tandem import algo
 from tandem.config import AdvantageSection, KlSection, OptimizerSection, PolicySection
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.stages.joint import estimate_advantages, evaluate
 from tandem.stages.measure import measure
-from tandem.stages.update import PolicyLearner, policy_objective, update_policy
+from tandem.stages.update import PolicyLearner, policy_loss_sum, update_policy
 from tandem.types import Batch, Rollout, Scores, Trajectories
 
 
@@ -86,11 +88,15 @@ def test_td_errors_and_certificate_vanish_at_the_optimum(task):
     batch = estimate_advantages(trajectories, AdvantageSection(), kl)
     found = measure(trajectories, batch, scores, AdvantageSection(), kl)
     assert found["objective/certificate"] < 1e-10
-    for placement in ("reward", "loss"):
-        kl = KlSection(coefficient=task.beta, placement=placement, estimator="k2")
-        elsewhere = everything(a_policy(task), exact_value(a_policy(task), task), task)[0]
-        batch = estimate_advantages(elsewhere, AdvantageSection(), kl)
-        assert measure(elsewhere, batch, scores, AdvantageSection(), kl)["objective/certificate"] > 0.1
+    elsewhere, value = a_policy(task), exact_value(a_policy(task), task)
+    trajectories, _ = everything(elsewhere, value, task)
+    found = [
+        measure(trajectories, estimate_advantages(trajectories, AdvantageSection(), kl), scores, AdvantageSection(), kl)
+        for kl in (kl, KlSection(coefficient=task.beta, placement="loss", estimator="k2"))
+    ]
+    assert found[0]["objective/certificate"] == found[1]["objective/certificate"]
+    td_errors = batch_of(elsewhere, value, task, lambda_policy=0.0).advantages
+    assert found[0]["objective/certificate"] == pytest.approx(td_errors.square().mean().sqrt().item())
 
 
 @pytest.mark.parametrize("which", [tree(seed=0), counter()], ids=["tree", "counter"])
@@ -124,7 +130,7 @@ def test_expected_policy_gradient_is_the_objectives(task, lam, loss):
     batch = batch_of(table, exact_value(table, task), task, lambda_policy=lam)
     weighted = weigh(batch, sequence_probabilities(table, task))
     settings = PolicySection(model="table", loss=loss)
-    total = policy_objective(policy.logprobs(batch.tokens), None, weighted, settings, KlSection(), algo.Sums())
+    total = policy_loss_sum(policy.logprobs(batch.tokens), None, weighted, settings, KlSection(), algo.Sums())
     total.backward()
     assert torch.allclose(-policy.logits.grad, exact, atol=1e-8)
 
@@ -162,7 +168,7 @@ def test_entropy_bonus_has_the_gradient_of_the_entropy(task):
     logprobs, entropies = policy.logprobs_and_entropies(batch.tokens)
     settings = PolicySection(model="table", entropy_coefficient=0.5)
     still = Batch(**{**vars(batch), "advantages": torch.zeros_like(batch.advantages)})
-    policy_objective(logprobs, entropies, still, settings, KlSection(), algo.Sums()).backward()
+    policy_loss_sum(logprobs, entropies, still, settings, KlSection(), algo.Sums()).backward()
     table = exact.table()
     states = states_of(batch.tokens, task)[:, :-1]
     (-0.5 * -(table.exp() * table).sum(-1)[states]).sum().backward()
@@ -244,3 +250,37 @@ def test_a_biased_value_start_collapses_and_its_remedies_bring_it_back():
     assert collapsed.gap > 5 * default.gap
     for remedy in ("the same, 12 value updates", "V starts at 3, TD(0), adaptive baseline", "V starts at 3, lambda"):
         assert trained(COUNTER_ROWS, remedy, steps, episodes).gap < 0.4 * collapsed.gap
+
+
+def test_fitted_rewards_come_nearer_with_more_pairs_and_few_pairs_are_overoptimised(task):
+    errors, lost = [], []
+    for pairs in (2**12, 2**16):
+        fitted = fit_reward(task, *draw_pairs(task, pairs, seed=0))
+        curve = exact_curve(task, fitted)
+        errors.append(fit_error(task, fitted))
+        lost.append(max(point.gold for point in curve) - curve[-1].gold)
+    assert 2.5 < errors[0] / errors[1] < 6.0
+    assert lost[0] > 3 * lost[1]
+
+
+def test_training_under_a_fitted_reward_ends_on_the_exact_curve(task):
+    fitted = fit_reward(task, *draw_pairs(task, 2**12, seed=0))
+    found = trained_point(task, fitted, beta=0.5, seed=0, steps=150)
+    assert abs(found.gold - gold_on_curve(exact_curve(task, fitted), found.kl)) < 0.05
+
+
+def test_a_real_transformer_nears_the_optimum():
+    found = train_transformer(seed=0, steps=40, episodes=256)
+    assert found.mass_error < 1e-4
+    assert max(row["rollout/logprob_mismatch_max"] for row in found.metrics) < 1e-4
+    assert found.gap < 0.45 * found.start_gap
+
+
+def test_a_policy_that_rests_keeps_its_kl_coefficient_and_the_schedules():
+    settings = {"kl.target": 1.0, "kl.horizon": 256.0, "value.warmup": {"steps": 3}}
+    found = train(tree(seed=0, horizon=2), Setup(episodes=64, steps=2, settings=settings), seed=0).metrics
+    assert [row["objective/kl_coefficient"] for row in found[:4]] == [0.5] * 4
+    assert found[4]["objective/kl_coefficient"] < 0.5
+    assert "policy/lr" not in found[2]
+    assert found[2]["value/lr"] == pytest.approx(0.1)
+    assert found[3]["value/lr"] == pytest.approx(0.1 * (1 + 0.875 + 0.75 + 0.625) / 4)

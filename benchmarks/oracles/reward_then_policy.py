@@ -88,12 +88,12 @@ def exact_curve(task: Task, fitted: Tensor) -> list[Point]:
 
 
 def gold_on_curve(curve: list[Point], kl: float) -> float:
-    """Gold reward of the exact curve at a KL, linear in sqrt(KL) between its points."""
+    """Gold reward of the exact curve at a KL, linear in sqrt(KL) between its points, and flat beyond its ends."""
     for left, right in itertools.pairwise(curve):
         if left.kl <= kl <= right.kl:
             share = (kl**0.5 - left.kl**0.5) / (right.kl**0.5 - left.kl**0.5)
             return left.gold + share * (right.gold - left.gold)
-    raise ValueError(f"a KL of {kl:.3f} is beyond the curve, {curve[0].kl:.3f} to {curve[-1].kl:.3f}")
+    return curve[0].gold if kl < curve[0].kl else curve[-1].gold
 
 
 def trained_point(task: Task, fitted: Tensor, beta: float, seed: int, steps: int = 300) -> Point:

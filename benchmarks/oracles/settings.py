@@ -113,7 +113,7 @@ TREE_ROWS = [
     Row(
         "book's penalty alone",
         first_tree,
-        _on_tree(policy__loss="book", kl__placement="loss"),
+        Setup(episodes=1024, unchecked={"kl": {"placement": "loss", "estimator": "k1"}}),
         "its gradient is zero on average",
         above=1.0,
     ),

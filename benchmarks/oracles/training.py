@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from oracles.tabular import (
     TablePolicy,
@@ -20,12 +21,13 @@ from oracles.tabular import (
     score_rollouts,
 )
 from tandem.algo import Histogram
-from tandem.config import PpoConfig
+from tandem.config import KlSection, PpoConfig
 from tandem.engine.local import LocalEngine, ParameterGroup
-from tandem.stages.joint import estimate_advantages, evaluate
-from tandem.stages.measure import measure
+from tandem.stages.joint import evaluate
 from tandem.stages.state import start_state
-from tandem.stages.update import PolicyLearner, ValueLearner, update
+from tandem.stages.step import judge, learn
+from tandem.stages.update import Course, PolicyLearner, ValueLearner, update
+from tandem.types import Batch, Rollout, Scores, Trajectories
 
 BUDGET = 10**9
 
@@ -37,6 +39,8 @@ class Setup:
     episodes: int
     steps: int = 300
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unchecked: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings by section that a recipe refuses, to see what it refuses them for."""
     value_start: float = 0.0
     anchor_moves: bool = False
     """The reference is the sampling policy of each step, as where one theta_ref stands for both."""
@@ -75,7 +79,9 @@ def recipe(task: Task, setup: Setup) -> PpoConfig:
     for side in ("policy", "value"):
         tree |= {f"{side}.schedule": "linear", f"{side}.max_grad_norm": 1e9, f"{side}.epochs": 4}
         tree[f"{side}.sequences_per_minibatch"] = setup.episodes
-    return PpoConfig.model_validate(nested(tree | dict(setup.settings)))
+    config = PpoConfig.model_validate(nested(tree | dict(setup.settings)))
+    unchecked = {name: getattr(config, name).model_copy(update=fields) for name, fields in setup.unchecked.items()}
+    return config.model_copy(update=unchecked)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,34 +95,50 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def train(task: Task, setup: Setup, seed: int) -> Result:
-    """Sample, evaluate, estimate, update: `steps` times, after a value warm-up where the settings have one."""
-    config = recipe(task, setup)
-    random = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class OracleModels:
+    """Policy, reference and value model with their learners, as a joint step needs them; tables, or transformers."""
+
+    learners: tuple[PolicyLearner, ValueLearner]
+    policy: Any
+    reference: Any
+    value: Any
+    random: torch.Generator
+
+    def evaluate(self, rollouts: Sequence[Rollout], scores: Scores) -> Trajectories:
+        return evaluate(rollouts, scores, self.policy, self.reference, self.value, BUDGET)
+
+    def update(self, batch: Batch, kl: KlSection, course: Course, value_epochs: int) -> dict[str, float]:
+        return update(*self.learners, batch, kl, BUDGET, self.random, course, value_epochs)
+
+    def rescale_values(self, mean: float, std: float) -> None:
+        self.value.rescale(mean, std)
+
+
+def table_models(task: Task, setup: Setup, config: PpoConfig, seed: int) -> OracleModels:
     histogram = None if config.value.histogram is None else Histogram(**config.value.histogram.model_dump())
     policy, value = TablePolicy(task.reference, task), TableValue(task, setup.value_start, histogram)
-    fixed_reference = TablePolicy(task.reference, task)
     learners = (
         PolicyLearner(policy, _engine(policy, config.policy), config.policy),
         ValueLearner(value, _engine(value, config.value), config.value),
     )
+    reference = policy if setup.anchor_moves else TablePolicy(task.reference, task)
+    return OracleModels(learners, policy, reference, value, torch.Generator().manual_seed(seed))
+
+
+def train(task: Task, setup: Setup, seed: int) -> Result:
+    """Sample, judge, learn: `steps` times, after a value warm-up where the settings have one."""
+    config = recipe(task, setup)
+    models = table_models(task, setup, config, seed)
+    policy, value = models.policy, models.value
     values, best = optimum(task)
-    start_gap = gap_of(policy, task)
-    state, metrics = start_state(config), []
+    state, metrics, start_gap = start_state(config), [], gap_of(policy, task, values[0])
     while not state.finished:
-        rollouts = sample_rollouts(policy, setup.episodes, random)
+        rollouts = sample_rollouts(policy, setup.episodes, models.random)
         scores = score_rollouts(rollouts, task)
-        reference = policy if setup.anchor_moves else fixed_reference
-        trajectories = evaluate(rollouts, scores, policy, reference, value, BUDGET)
-        kl = state.kl_section(config.kl)
-        batch = estimate_advantages(trajectories, config.advantage, kl, config.policy.importance_cap)
-        found = measure(trajectories, batch, scores, config.advantage, kl)
-        if config.value.normalize:
-            state = state.with_returns(batch)
-            value.rescale(state.returns.mean, state.returns.std)
-        found |= update(*learners, batch, kl, BUDGET, random, state.course, state.value_epochs.epochs)
-        state = state.after(found, len(rollouts))
-        metrics.append(found | {"oracle/gap": gap_of(policy, task), "value/epochs": float(state.value_epochs.epochs)})
+        state = state.with_scores(scores)
+        state, found = learn(models, config, state, judge(models, config, state, rollouts, scores))
+        metrics.append(found | {"oracle/gap": gap_of(policy, task, values[0])})
     reached = occupancy(policy.table().detach(), task)[~task.final]
     errors = (value.table().detach() - values)[~task.final]
     return Result(
@@ -130,10 +152,10 @@ def train(task: Task, setup: Setup, seed: int) -> Result:
     )
 
 
-def gap_of(policy: TablePolicy, task: Task) -> float:
+@torch.no_grad()
+def gap_of(policy: TablePolicy, task: Task, best: Tensor) -> float:
     """(J* - J(pi)) / beta, which is KL(pi || pi*)."""
-    with torch.no_grad():
-        return float(optimum(task)[0][0] - objective(policy.table(), task)) / task.beta
+    return float(best - objective(policy.table(), task)) / task.beta
 
 
 def _engine(model: torch.nn.Module, settings: Any) -> LocalEngine:

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from oracles.training import nested
+from oracles.training import OracleModels, nested
 from tandem.config import PpoConfig
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.scalar import ScalarModel, zero_head
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
-from tandem.stages.joint import estimate_advantages, evaluate, in_parts
-from tandem.stages.measure import measure
+from tandem.stages.joint import in_parts
 from tandem.stages.state import start_state
-from tandem.stages.update import PolicyLearner, ValueLearner, update
+from tandem.stages.step import judge, learn
+from tandem.stages.update import PolicyLearner, ValueLearner
 from tandem.types import Prompt, Rollout, Scores, pad_tokens
 
-TOKENS, EOS, HORIZON, BETA, BUDGET = 4, 4, 5, 0.5, 10**6
+TOKENS, EOS, HORIZON, BETA = 4, 4, 5, 0.5
 PROMPT = Prompt(ids=(0,), text="", messages=None, row={})
 
 
@@ -117,13 +117,10 @@ def train_transformer(seed: int, steps: int, episodes: int = 512) -> Transformer
     reference = CausalPolicy(Trunk(small_llama(seed).requires_grad_(False)), FULL_DISTRIBUTION)
     value = ScalarModel(Trunk(small_llama(seed + 1).requires_grad_(True)), zero_head(64, torch.device("cpu")))
     exact = enumerate_all(reference, seed=0)
+    of_value = [*value.trunk.decoder.parameters(), *value.head.parameters()]
     learners = (
         PolicyLearner(policy, _engine(policy.trunk.model.parameters(), config.policy), config.policy),
-        ValueLearner(
-            value,
-            _engine([*value.trunk.decoder.parameters(), *value.head.parameters()], config.value),
-            config.value,
-        ),
+        ValueLearner(value, _engine(of_value, config.value), config.value),
     )
     random = torch.Generator().manual_seed(seed)
     generator = TorchGenerator(
@@ -134,16 +131,12 @@ def train_transformer(seed: int, steps: int, episodes: int = 512) -> Transformer
         sequences_per_batch=episodes,
         random=random,
     )
+    models = OracleModels(learners, policy, reference, value, random)
     state, metrics, start_gap = start_state(config), [], exact.gap(policy)
     while not state.finished:
         rollouts = generator.generate([PROMPT] * episodes)
         scores = score(rollouts, exact)
-        trajectories = evaluate(rollouts, scores, policy, reference, value, BUDGET)
-        kl = state.kl_section(config.kl)
-        batch = estimate_advantages(trajectories, config.advantage, kl)
-        found = measure(trajectories, batch, scores, config.advantage, kl)
-        found |= update(*learners, batch, kl, BUDGET, random, state.course)
-        state = state.after(found, len(rollouts))
+        state, found = learn(models, config, state, judge(models, config, state, rollouts, scores))
         metrics.append(found)
     mass = float(response_logprobs(policy).exp().sum())
     return TransformerResult(start_gap, exact.gap(policy), abs(mass - 1), metrics)

@@ -351,6 +351,9 @@ class SharingSection(Section):
     head_gradient: Literal["flow", "stop"] = Field(
         "flow", description="whether the value loss reaches the policy's trunk, where mode is head"
     )
+    gradient_cosine_every: Count = Field(
+        10, description="steps between measurements of the cosine between the two losses' gradients, in mode head"
+    )
 
 
 class PpoConfig(Section):
@@ -389,8 +392,9 @@ class PpoConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        for problem in impossible(self):
-            raise ValueError(problem)
+        problems = [*impossible(self), *without_effect(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -425,8 +429,6 @@ def impossible(config: PpoConfig) -> Iterator[str]:
         yield 'value.start = "reward" needs a reward model in rewards; set value.start = "policy"'
     if config.sharing.mode == "separate" and config.adapters is not None:
         yield 'adapters are set, but sharing.mode is "separate"; set sharing.mode = "adapters" or "head"'
-    if config.sharing.head_gradient == "stop" and not head:
-        yield 'sharing.head_gradient is for sharing.mode = "head" alone; leave it out'
     if head and (value.epochs, value.sequences_per_minibatch) != (policy.epochs, policy.sequences_per_minibatch):
         yield (
             'with sharing.mode = "head" one pass serves both losses, so value.epochs and '
@@ -434,6 +436,13 @@ def impossible(config: PpoConfig) -> Iterator[str]:
         )
     if head and value.adaptive is not None:
         yield 'value.adaptive changes the value model\'s passes alone, which sharing.mode = "head" cannot; leave it out'
+    if policy.loss == "a2c" and policy.epochs > 1 and policy.max_approx_kl is None:
+        yield (
+            'policy.loss = "a2c" has no clip, so further epochs on the same rollouts go astray; set policy.epochs = 1, '
+            "or policy.max_approx_kl"
+        )
+    if score.normalize == "running" and any(source.center for source in config.rewards):
+        yield 'score.normalize = "running" takes the mean off anyway; leave center out'
     if config.kl.target is not None and config.kl.coefficient == 0:
         yield "kl.target adapts kl.coefficient by factors, and 0 stays 0; start from more than 0"
     if config.kl.placement == "loss" and config.kl.estimator == "k1" and policy.loss != "book":
@@ -459,3 +468,65 @@ def impossible(config: PpoConfig) -> Iterator[str]:
         yield 'value.clip and value.normalize are for value.loss = "mse"; a histogram has a range of its own'
     if value.adaptive is not None and value.adaptive.max_epochs < value.epochs:
         yield f"value.adaptive.max_epochs = {value.adaptive.max_epochs} is less than value.epochs = {value.epochs}"
+    if value.adaptive is not None and value.adaptive.raise_below >= value.adaptive.lower_above:
+        yield "value.adaptive.raise_below must be less than value.adaptive.lower_above"
+
+
+def without_effect(config: PpoConfig) -> Iterator[str]:
+    """Settings that were changed from their defaults and change nothing, each with why."""
+    head, loss = config.sharing.mode == "head", config.policy.loss
+    advantage = config.advantage
+    idle: list[tuple[bool, Section, str, list[str], str]] = [
+        (
+            head,
+            config.value,
+            "value",
+            ["schedule", "warmup_fraction", "max_grad_norm", "weight_decay", "betas"],
+            'sharing.mode = "head" has one optimiser, the policy\'s',
+        ),
+        (not head, config.value, "value", ["coefficient"], 'it is for sharing.mode = "head"'),
+        (
+            not head,
+            config.sharing,
+            "sharing",
+            ["head_gradient", "gradient_cosine_every"],
+            'it is for sharing.mode = "head"',
+        ),
+        (loss == "a2c", config.policy, "policy", ["clip_low", "clip_high", "dual_clip"], "a2c has no clip"),
+        (loss == "book", config.policy, "policy", ["dual_clip"], "the textbook's clip has no second one"),
+        (
+            advantage.baseline == "batch",
+            advantage,
+            "advantage",
+            ["lambda_policy", "length_adaptive"],
+            'baseline = "batch" makes advantages without a lambda',
+        ),
+        (
+            advantage.length_adaptive is not None and advantage.baseline != "batch",
+            advantage,
+            "advantage",
+            ["lambda_policy"],
+            "length_adaptive takes its place",
+        ),
+        (
+            config.score.overlong_from is None,
+            config.score,
+            "score",
+            ["overlong_penalty"],
+            "it needs score.overlong_from",
+        ),
+        (
+            not any(source.center for source in config.rewards),
+            config.score,
+            "score",
+            ["reference_samples"],
+            "no reward asks for center",
+        ),
+        (config.kl.target is None, config.kl, "kl", ["horizon"], "it needs kl.target"),
+    ]
+    preset = PRESETS.get(config.preset or "", {})
+    for applies, section, name, fields, why in idle:
+        for field in fields:
+            default = preset.get(name, {}).get(field, type(section).model_fields[field].default)
+            if applies and getattr(section, field) != default:
+                yield f"{name}.{field} has no effect here: {why}; leave it out"

@@ -191,7 +191,8 @@ class Trajectories:
 class Batch:
     """What the updates learn from: a trajectory with its rewards, advantages and value targets, [B, T] each.
 
-    `weights` are the policy loss's importance weights, 1 where nothing is corrected.
+    `weights` are the policy loss's importance weights, 1 where nothing is corrected. `outcomes` are what was earned
+    from each token on, free of any value; `known` is where that is known.
     """
 
     tokens: Tokens
@@ -202,6 +203,8 @@ class Batch:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    outcomes: Tensor
+    known: Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -17,12 +17,14 @@ def explained_variance(values: Tensor, outcomes: Tensor, mask: Tensor) -> float:
     1 is a perfect critic, 0 one no better than a constant; NaN where the outcomes do not vary. Held against
     Monte-Carlo outcomes it does not contain the values themselves.
     """
+    values, outcomes = values.double(), outcomes.double()
 
-    def variance(x: Tensor) -> Tensor:
+    def variation(x: Tensor) -> Tensor:
         return masked_sum((x - masked_mean(x, mask)).square(), mask)
 
-    spread = variance(outcomes)
-    return float("nan") if not spread > 0 else float(1 - variance(outcomes - values) / spread)
+    spread = variation(outcomes)
+    varies = spread > 1e-12 * masked_sum(outcomes.square(), mask)
+    return float(1 - variation(outcomes - values) / spread) if varies else float("nan")
 
 
 def explained_variance_by_position(values: Tensor, outcomes: Tensor, mask: Tensor, parts: int) -> list[float]:
@@ -62,9 +64,10 @@ def calibration(values: Tensor, outcomes: Tensor, mask: Tensor, groups: int = 10
 
 
 def calibration_error(groups: list[CalibrationGroup]) -> float:
-    """Mean over tokens of the gap between predicted and earned in their group, in units of the reward."""
+    """Mean over tokens of the gap between predicted and earned in their group, in units of the reward; NaN for none."""
     tokens = sum(group.tokens for group in groups)
-    return sum(abs(group.predicted - group.earned) * group.tokens for group in groups) / max(1, tokens)
+    gaps = sum(abs(group.predicted - group.earned) * group.tokens for group in groups)
+    return gaps / tokens if tokens else float("nan")
 
 
 def optimality_certificate(
@@ -73,18 +76,20 @@ def optimality_certificate(
     values: Tensor,
     final_values: Tensor,
     mask: Tensor,
+    *,
     kl_coefficient: float,
+    gamma: float,
 ) -> float:
-    """Root mean square of r_t - beta * log(pi / pi_ref) + V(s_{t+1}) - V(s_t) over tokens, in units of the reward.
+    """Root mean square over tokens of r_t - beta log(pi / pi_ref) + gamma V(s_{t+1}) - V(s_t), in units of the reward.
 
     `rewards` [B, T] are those without the KL; `log_ratios`, `values`, `mask` [B, T]; `final_values` [B] (zero after
-    an end). At the optimum of the KL-regularised objective it is zero at every token, whatever was sampled: both
-    log pi*(y_t|s_t) = log pi_ref(y_t|s_t) + (V*(s_{t+1}) - V*(s_t)) / beta and V* are exact there. So under a fixed
-    coefficient it must shrink as policy and value model approach the optimum together.
+    an end). At the optimum of the KL-regularised objective it is zero at every token, whatever was sampled, since
+    log pi*(y_t|s_t) = log pi_ref(y_t|s_t) + (r_t + gamma V*(s_{t+1}) - V*(s_t)) / beta. So under a fixed coefficient
+    it must shrink as policy and value model approach the optimum together.
     Source: the Bellman equation of entropy-regularised control; Nachum et al. 2017, theorem 1.
     """
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     last = mask.sum(1, keepdim=True) - 1
     following = following.scatter(1, last, final_values[:, None].to(values.dtype))
-    gap = rewards - kl_coefficient * log_ratios + following - values
+    gap = rewards - kl_coefficient * log_ratios + gamma * following - values
     return float(masked_mean(gap.square(), mask).sqrt())

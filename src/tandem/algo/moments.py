@@ -24,8 +24,9 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Never less than 1e-6, so that it can divide."""
-        return math.sqrt(max(self.variance, 1e-12))
+        """The standard deviation; 1 where the numbers do not vary, so that it can divide."""
+        varies = self.variance > 1e-10 * max(self.mean**2, 1e-10)
+        return math.sqrt(self.variance) if varies else 1.0
 
     def after(self, numbers: Tensor) -> Self:
         """The moments once these numbers, of any shape, have been seen too."""

@@ -48,23 +48,36 @@ class LocalEngine:
 
     def set_progress(self, done: float, total: float) -> None:
         """Set the learning rates to where the schedule stands after `done` of `total` updates."""
-        factor = schedule_factor(done, total, self._settings)
+        self._set_factor(schedule_factor(done, total, self._settings))
+
+    def set_peak(self) -> None:
+        """Set the learning rates to their peaks, where no schedule runs."""
+        self._set_factor(1.0)
+
+    def _set_factor(self, factor: float) -> None:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Add the gradient of the loss to what the next step will use."""
-        loss.backward()
+        loss.backward(retain_graph=retain_graph)
         for parameter, master in self._pairs:
             if master is not parameter and parameter.grad is not None:
                 gradient = parameter.grad.float()
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def gradient(self) -> Tensor:
-        """What `backward` has added up since the last step, in one piece [N]; zero where nothing came."""
-        masters = [master for _, master in self._pairs]
-        return torch.cat([torch.zeros_like(m).flatten() if m.grad is None else m.grad.flatten() for m in masters])
+    def take(self) -> list[Tensor | None]:
+        """What `backward` has added up, a tensor a parameter; the engine forgets it."""
+        gradients = [master.grad for _, master in self._pairs]
+        self.discard()
+        return gradients
+
+    def put(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients, a tensor a parameter, to what the next step will use."""
+        for (_, master), gradient in zip(self._pairs, gradients, strict=True):
+            if gradient is not None:
+                master.grad = gradient if master.grad is None else master.grad + gradient
 
     def discard(self) -> None:
         """Forget the gradients without a step."""

@@ -40,8 +40,8 @@ def save_policy(trunk: Trunk, adapter: str | None, tokenizer: PreTrainedTokenize
 def save_scalar(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A sequence classifier with the adapter folded in; adapter and head, for peft, in a subfolder.
 
-    It has one label, or one for each bin of a categorical head. What the classifier cannot hold, a constant to add
-    to its answers or the range of the bins, is written beside it as value.json.
+    It has one label, or one for each bin of a categorical head. What the classifier cannot hold, constants to add
+    to its answers and the range of the bins, is written beside it as value.json.
     """
     trunk = model.trunk
     config = copy.deepcopy(trunk.model.config)
@@ -53,7 +53,7 @@ def save_scalar(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: 
     _save(AutoModelForSequenceClassification, config, state | head, trunk, folder)
     tokenizer.save_pretrained(folder)
     if model.histogram is not None:
-        _write_note(folder, {"histogram": asdict(model.histogram)})
+        _write_note(folder, {"histogram": asdict(model.histogram), "add": model.head.bias.tolist()})
     elif model.head.bias is not None:
         _write_note(folder, {"add": float(model.shift + model.scale * model.head.bias.detach())})
     if model.adapter is not None:

@@ -202,10 +202,14 @@ def histogram_of(settings: ValueSection) -> Histogram | None:
 
 
 def value_head(settings: ValueSection, start: nn.Linear) -> nn.Linear:
-    """The value model's head: as the start's, with a bias where returns are normalised; a histogram starts anew."""
+    """The value model's head: as the start's, with a bias where returns are normalised; a histogram starts at 0."""
     device = start.weight.device
-    if settings.histogram is not None:
-        return zero_head(start.in_features, device, outputs=settings.histogram.bins)
+    histogram = histogram_of(settings)
+    if histogram is not None:
+        head = zero_head(start.in_features, device, outputs=histogram.bins, bias=True)
+        with torch.no_grad():
+            head.bias.copy_(histogram.probabilities(torch.zeros(())).clamp(min=1e-4).log())
+        return head
     head = zero_head(start.in_features, device, bias=settings.normalize or start.bias is not None)
     with torch.no_grad():
         head.weight.copy_(start.weight)

@@ -6,6 +6,7 @@ import bisect
 import importlib
 import importlib.util
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -115,15 +116,19 @@ class FunctionReward:
 
     def _token_at(self, pair: Any, rollout: Rollout) -> int:
         """Which token completes the first `end` characters of the response."""
-        fits = isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int)
-        if not fits or not 0 <= pair[0] <= len(rollout.text):
+        try:
+            end = operator.index(pair[0])
+            fits = len(pair) == 2 and 0 <= end <= len(rollout.text)
+        except (TypeError, IndexError):
+            fits = False
+        if not fits:
             raise InputError(
                 f"reward function {self.name!r} returned {pair!r} among its process rewards; each must be a pair "
                 f"(end, reward) with 0 <= end <= {len(rollout.text)}, the length of the response."
             )
         ids = rollout.ids
 
-        def characters(count: int) -> int:
-            return len(self._decode(rollout.prompt.ids, ids[: count + 1]))
+        def whole_characters(last: int) -> int:
+            return len(self._decode(rollout.prompt.ids, ids[: last + 1]).rstrip("\ufffd"))
 
-        return min(bisect.bisect_left(range(len(ids)), pair[0], key=characters), len(ids) - 1)
+        return min(bisect.bisect_left(range(len(ids)), end, key=whole_characters), len(ids) - 1)

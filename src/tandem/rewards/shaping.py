@@ -16,9 +16,10 @@ from tandem.types import Rollout, Scores
 def shape_scores(
     scores: Scores, rollouts: Sequence[Rollout], settings: ScoreSection, moments: RunningMoments, max_new_tokens: int
 ) -> Scores:
-    """Scores normalised, scaled and clipped, less the penalties; process rewards are scaled only.
+    """Scores normalised, scaled and clipped, less the penalties; process rewards are brought to the same units.
 
-    `moments` are those of the scores so far, for `normalize = "running"`.
+    `moments` are those of all that responses earned so far, for `normalize = "running"`. Its mean is taken off what
+    is paid at the last token.
     """
     deviation = moments.std if settings.normalize == "running" else 1.0
     mean = moments.mean if settings.normalize == "running" else 0.0

@@ -98,9 +98,11 @@ def estimate_advantages(
     lam: float | Tensor = settings.lambda_policy
     if settings.length_adaptive is not None:
         lam = algo.length_adaptive_lambda(mask.sum(1), settings.length_adaptive).to(values.dtype)
-    for_policy = advantages(lam)
-    if not value_is_baseline(trajectories, settings, kl):
-        earned, _ = monte_carlo_outcomes(trajectories, settings, kl, bootstrap=True)
+    outcomes, known = monte_carlo_outcomes(trajectories, settings, kl)
+    if value_is_baseline(values, outcomes, known, settings):
+        for_policy = advantages(lam)
+    else:
+        earned = advantages(1.0) + values
         for_policy = torch.where(mask, earned - algo.masked_mean(earned, mask), torch.zeros_like(earned))
     weights = torch.ones_like(trajectories.logprobs)
     if importance_cap is not None:
@@ -114,6 +116,8 @@ def estimate_advantages(
         rewards=rewards,
         advantages=algo.whiten(for_policy, mask) if settings.whiten else for_policy,
         returns=advantages(settings.lambda_value) + values,
+        outcomes=outcomes,
+        known=known,
     )
 
 
@@ -143,22 +147,19 @@ def bootstrapped_values(trajectories: Trajectories, settings: AdvantageSection) 
 
 
 def monte_carlo_outcomes(
-    trajectories: Trajectories, settings: AdvantageSection, kl: KlSection, bootstrap: bool = False
+    trajectories: Trajectories, settings: AdvantageSection, kl: KlSection
 ) -> tuple[Tensor, Tensor]:
     """What was earned from each token on, [B, T], free of any value, and the mask [B, T] of where it is known.
 
-    Where a cut response would have gone on (`at_limit = "bootstrap"`), what it would have earned is not known;
-    with `bootstrap` the value of its last state stands for it.
+    Where a cut response would have gone on (`at_limit = "bootstrap"`), what it would have earned is not known.
     """
     mask = trajectories.mask
     rewards = rewards_at_tokens(trajectories, settings, kl)
-    final_values = bootstrapped_values(trajectories, settings) if bootstrap else None
-    zero = torch.zeros_like(rewards)
-    outcomes = algo.gae(rewards, zero, mask, gamma=settings.gamma, lam=1.0, final_values=final_values)
+    outcomes = algo.gae(rewards, torch.zeros_like(rewards), mask, gamma=settings.gamma, lam=1.0)
     return outcomes, mask & trajectories.ended[:, None] if settings.at_limit == "bootstrap" else mask
 
 
-def value_is_baseline(trajectories: Trajectories, settings: AdvantageSection, kl: KlSection) -> bool:
+def value_is_baseline(values: Tensor, outcomes: Tensor, known: Tensor, settings: AdvantageSection) -> bool:
     """Whether advantages are made with the value model.
 
     With `baseline = "adaptive"` they are while it explains more of what was earned than the batch's mean does.
@@ -166,5 +167,4 @@ def value_is_baseline(trajectories: Trajectories, settings: AdvantageSection, kl
     """
     if settings.baseline != "adaptive":
         return settings.baseline == "value"
-    outcomes, known = monte_carlo_outcomes(trajectories, settings, kl)
-    return algo.explained_variance(trajectories.values, outcomes, known) > 0
+    return algo.explained_variance(values, outcomes, known) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ class JointStage:
     def update(self, batch: Batch, kl: KlSection, course: Course, value_epochs: int) -> dict[str, float]:
         budget = self.placement.tokens_per_microbatch
         if isinstance(self.learners, SharedLearner):
-            return update_shared(self.learners, batch, kl, budget, self.random, course)
+            return update_shared(self.learners, batch, kl, budget, self.random, course, value_epochs)
         return update(*self.learners, batch, kl, budget, self.random, course, value_epochs)
+
+    def rescale_values(self, mean: float, std: float) -> None:
+        self.models.value.rescale(mean, std)
 
     def fresh_generator(self, config: PpoConfig) -> Generator:
         """One with a random state of its own, the same every time, that leaves training's alone."""
@@ -76,8 +80,8 @@ def build(config: PpoConfig, progress: Progress) -> JointStage:
         models, reward_models = build_joint(config, tokenizer, placement)
     check_context(config, models, [*prompts[0], *prompts[1]])
     introduce(reward_models, progress)
-    random = torch.Generator(device=device).manual_seed(config.run.seed)
-    generator = make_generator(models.policy, tokenizer, config, random)
+    sampling = torch.Generator(device=device).manual_seed(config.run.seed)
+    generator = make_generator(models.policy, tokenizer, config, sampling)
     reward = WeightedSum(reward_terms(config.rewards, reward_models, functions, tokenizer))
     return JointStage(
         tokenizer=tokenizer,
@@ -131,14 +135,17 @@ def centred_on_reference(
     prompts: Sequence[Prompt],
     progress: Progress,
 ) -> WeightedSum:
-    """The reward with the terms that ask for it less their mean on responses that the reference gives."""
+    """The reward with the terms that ask for it less their mean on responses that the reference gives.
+
+    It is the policy that answers: before training it is the reference, under the rule that will sample.
+    """
     names = [name for name, source in zip(term_names(config.rewards), config.rewards, strict=True) if source.center]
     if not names:
         return reward
-    random = torch.Generator(device=models.reference.device).manual_seed(config.run.seed + 2)
-    generator = make_generator(models.reference, tokenizer, config, random)
+    sampling = torch.Generator(device=models.policy.device).manual_seed(config.run.seed + 2)
+    generator = make_generator(models.policy, tokenizer, config, sampling)
     count = config.score.reference_samples
-    rollouts = generator.generate([prompts[index % len(prompts)] for index in range(count)])
+    rollouts = generator.generate(random.Random(config.run.seed).choices(prompts, k=count))
     centred = reward.centred(names, rollouts)
     for name in names:
         progress.say(f"{name}: {centred.terms[name].offset:.4g} on average on {count} responses of the reference.")
@@ -202,7 +209,8 @@ def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, Val
     trunk = ParameterGroup(models.policy_parameters, policy.lr)
     if models.shared is not None:
         stop = config.sharing.head_gradient == "stop"
-        return SharedLearner(models.shared, LocalEngine([trunk, head], policy), policy, value, stop)
+        every = config.sharing.gradient_cosine_every
+        return SharedLearner(models.shared, LocalEngine([trunk, head], policy), policy, value, stop, every)
     of_value = [ParameterGroup(models.value_parameters, value.lr), head]
     return (
         PolicyLearner(models.policy, LocalEngine([trunk], policy), policy),

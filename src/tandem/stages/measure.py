@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tandem import algo
 from tandem.config import AdvantageSection, KlSection
-from tandem.stages.joint import bootstrapped_values, monte_carlo_outcomes, rewards_at_tokens, value_is_baseline
+from tandem.stages.joint import bootstrapped_values, rewards_at_tokens, value_is_baseline
 from tandem.types import Batch, Scores, Trajectories
 
 POSITIONS = 4
@@ -17,18 +17,18 @@ def measure(
     mask = trajectories.mask
     log_ratios = algo.kl_estimate(trajectories.logprobs, trajectories.reference_logprobs)
     kl_a_sequence = log_ratios.masked_fill(~mask, 0.0).sum(1).mean().item()
-    shaped = (trajectories.scores + trajectories.process_rewards.sum(1)).mean().item()
+    paid = rewards_at_tokens(trajectories, settings, kl=None).sum(1).mean().item()
     mismatch = (trajectories.behaviour_logprobs - trajectories.logprobs).abs()
     return {
         "objective/kl": kl_a_sequence,
         "objective/kl_coefficient": kl.coefficient,
         "objective/score": scores.whole.mean().item(),
         "objective/score_std": scores.whole.std(correction=0).item(),
-        "objective/shaped_score": shaped,
-        "objective/rlhf_reward": shaped - kl.coefficient * kl_a_sequence,
+        "objective/shaped_score": paid,
+        "objective/rlhf_reward": paid - kl.coefficient * kl_a_sequence,
         **{f"objective/score/{name}": part.mean().item() for name, part in scores.parts.items()},
         "policy/entropy": -algo.masked_mean(trajectories.logprobs, mask).item(),
-        **measure_critic(trajectories, settings, kl),
+        **measure_critic(trajectories, batch, settings, kl),
         "advantage/std": (batch.advantages[mask]).std(unbiased=False).item(),
         "rollout/length": mask.sum(1).float().mean().item(),
         "rollout/eos_rate": trajectories.ended.float().mean().item(),
@@ -38,10 +38,11 @@ def measure(
     }
 
 
-def measure_critic(trajectories: Trajectories, settings: AdvantageSection, kl: KlSection) -> dict[str, float]:
+def measure_critic(
+    trajectories: Trajectories, batch: Batch, settings: AdvantageSection, kl: KlSection
+) -> dict[str, float]:
     """How good the value model is on these rollouts, held against what was earned."""
-    values = trajectories.values
-    outcomes, known = monte_carlo_outcomes(trajectories, settings, kl)
+    values, outcomes, known = batch.values, batch.outcomes, batch.known
     by_position = algo.explained_variance_by_position(values, outcomes, known, POSITIONS)
     groups = algo.calibration(values, outcomes, known)
     certificate = algo.optimality_certificate(
@@ -50,7 +51,8 @@ def measure_critic(trajectories: Trajectories, settings: AdvantageSection, kl: K
         values,
         bootstrapped_values(trajectories, settings),
         trajectories.mask,
-        kl.coefficient,
+        kl_coefficient=kl.coefficient,
+        gamma=settings.gamma,
     )
     return {
         "objective/certificate": certificate,
@@ -60,5 +62,5 @@ def measure_critic(trajectories: Trajectories, settings: AdvantageSection, kl: K
         "value/calibration_error": algo.calibration_error(groups),
         **{f"calibration/predicted_{n:02d}": group.predicted for n, group in enumerate(groups, start=1)},
         **{f"calibration/earned_{n:02d}": group.earned for n, group in enumerate(groups, start=1)},
-        "advantage/from_value": float(value_is_baseline(trajectories, settings, kl)),
+        "advantage/from_value": float(value_is_baseline(values, outcomes, known, settings)),
     }

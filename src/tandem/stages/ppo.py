@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,17 @@ import torch
 from tandem.config import PpoConfig
 from tandem.data.prompts import prompt_batches
 from tandem.errors import InputError, RunError
-from tandem.rewards.shaping import shape_scores
 from tandem.run import Progress, RunFolder
 from tandem.run.clock import Clock
 from tandem.run.folder import check_free
 from tandem.run.interrupt import Interrupt
 from tandem.run.machine import machine_record
-from tandem.stages.joint import estimate_advantages, in_parts
+from tandem.stages.joint import in_parts
 from tandem.stages.joint_setup import JointStage, build
-from tandem.stages.measure import measure, measure_critic
-from tandem.stages.saved_rollouts import SavedRollout, as_scored, read_saved, records
+from tandem.stages.saved_rollouts import SavedRollout, as_scored, check_saved, read_saved, records, split_by_prompt
 from tandem.stages.state import JointState, start_state
-from tandem.stages.update import Course
-from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories, pad_tokens
+from tandem.stages.step import judge, learn
+from tandem.types import Batch, Prompt, pad_tokens
 
 
 def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
@@ -38,41 +37,38 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
     saved = read_saved(config)
     stage = build(config, progress)
     folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
-    state = start_state(config)
     check_start(stage, config)
-    pretraining = pretrain_value(stage, config, state, saved, progress)
+    state = start_state(config)
     heldout_before = evaluate_heldout(stage, config, folder, "before", state)
+    state, pretraining = pretrain_value(stage, config, state, saved, progress)
     prompts = prompt_batches(stage.prompts, config.rollout.prompts_per_step, config.run.seed)
     clock, metrics = Clock(), dict[str, float]()
-    planned = state.course.warmup_total + config.steps
+    planned = config.steps + (config.value.warmup.steps if config.value.warmup else 0)
     with Interrupt() as interrupt, progress.stage("PPO", planned) as shown:
         while not state.finished and not interrupt.requested:
-            step, course = state.step + 1, state.course
+            step, resting = state.step + 1, state.course.warming_up
             with clock("rollout"):
                 rollouts = stage.generator.generate(repeat(next(prompts), config.rollout.responses_per_prompt))
             with clock("score"):
                 scores = stage.reward.score(rollouts)
-                state = state.with_scores(scores.total)
             with clock("evaluate"):
-                trajectories, batch = judge(stage, config, state, rollouts, scores)
-                metrics = measure(trajectories, batch, scores, config.advantage, state.kl_section(config.kl))
-                state = in_units_of_returns(stage, config, state, batch)
+                state = state.with_scores(scores)
+                judged = judge(stage, config, state, rollouts, scores)
+                if step == 1:
+                    check_range(config, judged.batch)
             with clock("update"):
-                kl, epochs = state.kl_section(config.kl), state.value_epochs.epochs
-                metrics |= stage.update(batch, kl, course, epochs)
-                metrics |= {"value/epochs": epochs, "value/warming_up": float(course.warming_up)}
+                state, metrics = learn(stage, config, state, judged)
             metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
-            state = state.after(metrics, len(rollouts))
             if step % config.save_rollouts_every == 0:
                 kept = rollouts[: config.rollouts_to_save]
-                folder.save_rollouts(f"step_{step:06d}", records(kept, trajectories, batch, scores, stage.tokenizer))
+                folder.save_rollouts(f"step_{step:06d}", records(kept, judged, scores, stage.tokenizer))
             if config.eval_every and step % config.eval_every == 0 and not state.finished:
                 heldout = evaluate_heldout(stage, config, folder, f"{step:06d}", state)
                 metrics |= {f"heldout/{name}": value for name, value in heldout.items()}
             folder.log(step, metrics)
             shown.advance(headline(metrics))
-            if course.warming_up and not state.course.warming_up:
-                progress.say(f"value warm-up ends after {step} steps; the policy learns from here on.")
+            if resting and not state.course.warming_up:
+                say_end_of_warmup(config, step, metrics["value/explained_variance"], progress)
         if interrupt.requested:
             progress.warn(f"interrupted; the models are saved as they are after step {state.step}.")
     heldout_after = {} if interrupt.requested else evaluate_heldout(stage, config, folder, "after", state)
@@ -89,6 +85,7 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
         "last_step": metrics,
         "heldout": {"before": heldout_before, "after": heldout_after},
         "value_pretraining": pretraining,
+        "state": state.as_record(),
         "reward_models": {
             name: model.card and model.card.heldout_accuracy for name, model in stage.reward_models.items()
         },
@@ -98,65 +95,73 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def judge(
-    stage: JointStage, config: PpoConfig, state: JointState, rollouts: Sequence[Rollout], scores: Scores
-) -> tuple[Trajectories, Batch]:
-    """Rollouts as trajectories, with their scores shaped, and as a batch to learn from."""
-    shaped = shape_scores(scores, rollouts, config.score, state.scores, config.rollout.max_new_tokens)
-    trajectories = stage.evaluate(rollouts, shaped)
-    kl = state.kl_section(config.kl)
-    return trajectories, estimate_advantages(trajectories, config.advantage, kl, config.policy.importance_cap)
-
-
-def in_units_of_returns(stage: JointStage, config: PpoConfig, state: JointState, batch: Batch) -> JointState:
-    """Follow the scale of the returns (`value.normalize`); at the first step, check a histogram's range against them.
-
-    Raises InputError where the range does not hold a tenth of them or more.
-    """
+def check_range(config: PpoConfig, batch: Batch) -> None:
+    """Raises InputError where a categorical value head cannot say a tenth of the first step's returns or more."""
     histogram = config.value.histogram
-    if histogram is not None and state.step == 0:
-        returns = batch.returns[batch.tokens.mask]
-        outside = ((returns < histogram.low) | (returns > histogram.high)).float().mean().item()
-        if outside >= 0.1:
-            raise InputError(
-                f"value.histogram goes from {histogram.low:g} to {histogram.high:g}, and {outside:.0%} of the first "
-                f"step's returns lie outside (they go from {float(returns.min()):.3g} to {float(returns.max()):.3g}); "
-                "widen it, and leave room for what the policy will earn later."
-            )
-    if config.value.normalize:
-        state = state.with_returns(batch)
-        stage.models.value.rescale(state.returns.mean, state.returns.std)
-    return state
+    if histogram is None:
+        return
+    returns = batch.returns[batch.tokens.mask]
+    outside = ((returns < histogram.low) | (returns > histogram.high)).float().mean().item()
+    if outside >= 0.1:
+        raise InputError(
+            f"value.histogram goes from {histogram.low:g} to {histogram.high:g}, and {outside:.0%} of the first "
+            f"step's returns lie outside (they go from {float(returns.min()):.3g} to {float(returns.max()):.3g}); "
+            "widen it, and leave room for what the policy will earn later."
+        )
+
+
+def say_end_of_warmup(config: PpoConfig, steps: int, explained_variance: float, progress: Progress) -> None:
+    """Why the policy learns from here on; a warning where a criterion was set and not met."""
+    assert config.value.warmup is not None
+    wanted = config.value.warmup.explained_variance
+    said = f"value warm-up ends after {steps} steps, explained variance {explained_variance:.3f}"
+    if wanted is None:
+        progress.say(f"{said}.")
+    elif explained_variance >= wanted:
+        progress.say(f"{said} (wanted {wanted:g}).")
+    else:
+        progress.warn(
+            f"{said}, which is less than the {wanted:g} wanted. The policy learns from here on all the same; more "
+            "value.warmup.steps, another value.lr or value.epochs may help."
+        )
 
 
 def pretrain_value(
     stage: JointStage, config: PpoConfig, state: JointState, saved: Sequence[SavedRollout], progress: Progress
-) -> dict[str, float]:
-    """Let the value model learn on rollouts that an earlier run saved; a tenth of them measures what it learnt.
+) -> tuple[JointState, dict[str, float]]:
+    """Let the value model learn on rollouts that an earlier run saved; a tenth of their prompts measures the gain.
 
-    Returns the explained variance on that tenth before and after; nothing where there are no saved rollouts.
+    Returns the state, with the moments of what those rollouts earned, and the explained variance on that tenth before
+    and after.
     """
     settings = config.value.pretraining
     if settings is None:
-        return {}
-    order = torch.randperm(len(saved), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
-    parts = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
-    heldout, training = ([saved[index] for index in part] for part in parts)
-    kl = state.kl_section(config.kl)
-    with progress.console.status(f"value model: learning from {len(training)} saved rollouts"):
-        before = explained_of_saved(stage, config, state, heldout)
-        _, batch = judge(stage, config, state, *as_scored(training))
-        in_units_of_returns(stage, config, state, batch)
-        rehearsal = Course(done=0, total=0, warmup_total=1, warming_up=True)
-        stage.update(batch, kl, rehearsal, settings.epochs)
-        after = explained_of_saved(stage, config, state, heldout)
+        return state, {}
+    check_saved(saved, stage.models.policy.trunk, config)
+    training, heldout = split_by_prompt(saved, config.run.seed)
+    size = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    state = state.with_scores(as_scored(saved)[1])
+    before = explained_of_saved(stage, config, state, heldout)
+    with progress.stage("value model, saved rollouts", settings.epochs) as shown:
+        for _ in range(settings.epochs):
+            for start in range(0, len(training), size):
+                judged = judge(stage, config, state, *as_scored(training[start : start + size]))
+                check_range(config, judged.batch)
+                learnt, _ = learn(stage, config, state.rehearsing(), judged)
+                state = replace(state, returns=learnt.returns)
+            shown.advance({})
+    after = explained_of_saved(stage, config, state, heldout)
     progress.say(f"value model: explained variance on {len(heldout)} saved rollouts {before:.3f} -> {after:.3f}.")
-    return {"rollouts": len(training), "explained_variance/before": before, "explained_variance/after": after}
+    return state, {
+        "rollouts": len(training),
+        "heldout_rollouts": len(heldout),
+        "explained_variance/before": before,
+        "explained_variance/after": after,
+    }
 
 
 def explained_of_saved(stage: JointStage, config: PpoConfig, state: JointState, saved: Sequence[SavedRollout]) -> float:
-    trajectories, _ = judge(stage, config, state, *as_scored(saved))
-    return measure_critic(trajectories, config.advantage, state.kl_section(config.kl))["value/explained_variance"]
+    return judge(stage, config, state, *as_scored(saved)).metrics["value/explained_variance"]
 
 
 def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
@@ -200,9 +205,9 @@ def evaluate_heldout(
         return {}
     rollouts = stage.fresh_generator(config).generate(repeat(stage.heldout, config.eval_responses_per_prompt))
     scores = stage.reward.score(rollouts)
-    trajectories, batch = judge(stage, config, state, rollouts, scores)
-    folder.save_rollouts(f"heldout_{name}", records(rollouts, trajectories, batch, scores, stage.tokenizer))
-    return measure(trajectories, batch, scores, config.advantage, state.kl_section(config.kl))
+    judged = judge(stage, config, state, rollouts, scores)
+    folder.save_rollouts(f"heldout_{name}", records(rollouts, judged, scores, stage.tokenizer))
+    return judged.metrics
 
 
 def headline(metrics: dict[str, float]) -> dict[str, float]:

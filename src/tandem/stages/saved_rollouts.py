@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem.config import PpoConfig
 from tandem.errors import InputError
-from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
+from tandem.models.loading import context_length
+from tandem.models.trunk import Trunk
+from tandem.stages.step import Judged
+from tandem.types import Prompt, Rollout, Scores
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,10 @@ class SavedRollout:
 
 
 def records(
-    rollouts: Sequence[Rollout],
-    trajectories: Trajectories,
-    batch: Batch,
-    scores: Scores,
-    tokenizer: PreTrainedTokenizerBase,
+    rollouts: Sequence[Rollout], judged: Judged, scores: Scores, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Samples as they are saved: text, scores and every per-token number."""
+    """The first samples of a step as they are saved: text, scores and every per-token number."""
+    trajectories, batch = judged.trajectories, judged.batch
     per_token = {
         "behaviour_logprobs": trajectories.behaviour_logprobs,
         "logprobs": trajectories.logprobs,
@@ -66,28 +67,55 @@ def records(
 
 
 def read_saved(config: PpoConfig) -> list[SavedRollout]:
-    """The rollouts that `value.pretraining` names; none where it is unset.
+    """The rollouts that `value.pretraining` names, held-out ones left out; none where it is unset.
 
-    Raises InputError where there are fewer than ten, or a line is not what `records` writes.
+    Raises InputError where they come from fewer than ten prompts, or a line is not what `records` writes.
     """
     settings = config.value.pretraining
     if settings is None:
         return []
     path = Path(settings.rollouts)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    files = sorted(path.glob("step_*.jsonl")) if path.is_dir() else [path]
     found: list[SavedRollout] = []
     for file in files:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise InputError(f"value.pretraining.rollouts: {file} cannot be read ({error.strerror}).") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"value.pretraining.rollouts: {file} cannot be read ({error}).") from None
         found += [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
-    if len(found) < 10:
+    prompts = len({one.rollout.prompt.ids for one in found})
+    if prompts < 10:
         raise InputError(
-            f"value.pretraining.rollouts = {settings.rollouts!r} holds {len(found)} rollouts; at least 10 are needed "
-            "(a run saves more with rollouts_to_save)."
+            f"value.pretraining.rollouts = {settings.rollouts!r} holds {len(found)} training rollouts of {prompts} "
+            "prompts; at least 10 prompts are needed (a run saves more rollouts with rollouts_to_save)."
         )
     return found
+
+
+def check_saved(saved: Sequence[SavedRollout], trunk: Trunk, config: PpoConfig) -> None:
+    """Raises InputError where saved rollouts cannot be this policy's: unknown tokens, or too many of them."""
+    vocabulary, limit = trunk.model.config.get_text_config().vocab_size, context_length(trunk.model)
+    for one in saved:
+        ids = [*one.rollout.prompt.ids, *one.rollout.ids]
+        if not one.rollout.prompt.ids or not one.rollout.ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise InputError(
+                f"value.pretraining.rollouts: a rollout of {one.rollout.prompt.text[:60]!r} holds tokens that "
+                f"policy.model does not know (it has {vocabulary}); was it saved by a run of another model?"
+            )
+        if limit is not None and len(ids) > limit:
+            raise InputError(
+                f"value.pretraining.rollouts: a rollout of {one.rollout.prompt.text[:60]!r} has {len(ids)} tokens, "
+                f"and {config.policy.model!r} reads {limit}."
+            )
+
+
+def split_by_prompt(saved: Sequence[SavedRollout], seed: int) -> tuple[list[SavedRollout], list[SavedRollout]]:
+    """Rollouts to learn from, and those of a tenth of the prompts to measure what was learnt."""
+    prompts = sorted({one.rollout.prompt.ids for one in saved})
+    random.Random(seed).shuffle(prompts)
+    heldout = set(prompts[: max(2, len(prompts) // 10)])
+    by_side = {side: [one for one in saved if (one.rollout.prompt.ids in heldout) == side] for side in (False, True)}
+    return by_side[False], by_side[True]
 
 
 def _parse(line: str, where: str) -> SavedRollout:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Self
-
-from torch import Tensor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 from tandem.algo import AdaptiveEpochs, AdaptiveKl, RunningMoments
 from tandem.config import KlSection, PpoConfig, WarmupSection
 from tandem.stages.update import Course
-from tandem.types import Batch
+from tandem.types import Batch, Scores
 
 RETURNS_MEMORY = 20_000.0
 
@@ -43,28 +41,44 @@ class JointState:
         """The settings with the coefficient as it is now."""
         return settings.model_copy(update={"coefficient": self.kl.coefficient})
 
-    def with_scores(self, scores: Tensor) -> Self:
-        return replace(self, scores=self.scores.after(scores))
+    def with_scores(self, scores: Scores) -> Self:
+        return replace(self, scores=self.scores.after(scores.whole))
 
     def with_returns(self, batch: Batch) -> Self:
         return replace(self, returns=self.returns.after(batch.returns[batch.tokens.mask]))
 
+    def rehearsing(self) -> Self:
+        """The same while the value model learns by itself, one pass at a time, from what was sampled before."""
+        once = replace(self.value_epochs, epochs=1)
+        return replace(self, course=replace(self.course, warming_up=True), warmup=None, value_epochs=once)
+
     def after(self, metrics: Mapping[str, float], sequences: int) -> Self:
         """The state after a step with these metrics."""
         explained = metrics["value/explained_variance"]
+        resting = self.course.warming_up
         return replace(
             self,
             course=self._next(explained),
-            kl=self.kl.after(metrics["objective/kl"], sequences),
+            kl=self.kl if resting else self.kl.after(metrics["objective/kl"], sequences),
             value_epochs=self.value_epochs.after(explained),
         )
+
+    def as_record(self) -> dict[str, Any]:
+        """For the summary: what shaped the rewards and the updates at the end of the run."""
+        return {
+            "kl_coefficient": self.kl.coefficient,
+            "scores": asdict(self.scores),
+            "returns": asdict(self.returns),
+            "value_epochs": self.value_epochs.epochs,
+        }
 
     def _next(self, explained_variance: float) -> Course:
         course = self.course
         if not course.warming_up:
             return replace(course, done=course.done + 1)
-        assert self.warmup is not None
         done = course.warmup_done + 1
+        if self.warmup is None:
+            return replace(course, warmup_done=done)
         wanted = self.warmup.explained_variance
         enough = wanted is not None and explained_variance >= wanted
         return replace(course, warmup_done=done, warming_up=not enough and done < self.warmup.steps)
@@ -75,13 +89,7 @@ def start_state(config: PpoConfig) -> JointState:
     value, kl = config.value, config.kl
     adaptive = value.adaptive
     return JointState(
-        course=Course(
-            done=0,
-            total=config.steps,
-            warmup_done=0,
-            warmup_total=value.warmup.steps if value.warmup else 0,
-            warming_up=value.warmup is not None,
-        ),
+        course=Course(done=0, total=config.steps, warming_up=value.warmup is not None),
         warmup=value.warmup,
         kl=AdaptiveKl(kl.coefficient, kl.target, kl.horizon),
         scores=RunningMoments(),

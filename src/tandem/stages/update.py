@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,16 +60,28 @@ class Engine(Protocol):
     @property
     def lr(self) -> float: ...
 
-    def set_progress(self, done: float, total: float) -> None: ...
+    def set_progress(self, done: float, total: float) -> None:
+        """Set the learning rate to where its schedule stands."""
+        ...
 
-    def backward(self, loss: Tensor) -> None: ...
+    def set_peak(self) -> None:
+        """Set it to its peak, where no schedule runs."""
+        ...
 
-    def gradient(self) -> Tensor:
-        """What was added up so far, in one piece."""
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """Add the loss's gradient to what the next step will use."""
+        ...
+
+    def take(self) -> list[Tensor | None]:
+        """What was added up so far, a tensor a parameter; the engine forgets it."""
+        ...
+
+    def put(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients, a tensor a parameter, to what the next step will use."""
         ...
 
     def discard(self) -> None:
-        """Forget it."""
+        """Forget what was added up."""
         ...
 
     def step(self) -> float:
@@ -103,29 +116,20 @@ class SharedLearner:
     policy: PolicySection
     value: ValueSection
     stop_gradient: bool
+    cosine_every: int
 
 
 @dataclass(frozen=True)
 class Course:
-    """Where a run stands: `done` of `total` joint steps, after at most `warmup_total` value-only ones.
+    """Where a run stands: `done` of `total` joint steps, after `warmup_done` value-only ones.
 
-    While `warming_up`, `warmup_done` of those are done and the policy rests.
+    While `warming_up` the policy rests, and the value model learns at its peak rate: schedules span the joint steps.
     """
 
     done: int
     total: int
     warmup_done: int = 0
-    warmup_total: int = 0
     warming_up: bool = False
-
-    @property
-    def value_done(self) -> int:
-        """Steps of the value model's schedule that are behind; a warm-up that ended early counts in full."""
-        return self.warmup_done if self.warming_up else self.warmup_total + self.done
-
-    @property
-    def value_total(self) -> int:
-        return self.warmup_total + self.total
 
 
 def update(
@@ -144,13 +148,13 @@ def update(
         planned = updates_in(batch, policy.settings.epochs, policy.settings.sequences_per_minibatch)
         minibatches = shuffled(batch, policy.settings.epochs, policy.settings.sequences_per_minibatch, random)
         for number, minibatch in enumerate(minibatches):
-            policy.engine.set_progress(course.done * planned + number, course.total * planned)
+            set_rate(policy.engine, course, number, planned)
             if not update_policy(policy, minibatch, kl, tokens_per_microbatch, sums):
                 break
     epochs = value_epochs or value.settings.epochs
     planned = updates_in(batch, epochs, value.settings.sequences_per_minibatch)
     for number, minibatch in enumerate(shuffled(batch, epochs, value.settings.sequences_per_minibatch, random)):
-        value.engine.set_progress(course.value_done * planned + number, course.value_total * planned)
+        set_rate(value.engine, course, number, planned)
         update_value(value, minibatch, tokens_per_microbatch, sums)
     return dict(sums.means())
 
@@ -162,18 +166,30 @@ def update_shared(
     tokens_per_microbatch: int,
     random: torch.Generator,
     course: Course,
+    value_epochs: int | None = None,
 ) -> dict[str, float]:
-    """Train policy and value head by one gradient; while the policy rests, the head alone."""
+    """Train policy and value head by one gradient; while the policy rests, or has moved too far, the head alone."""
     sums = algo.Sums()
-    settings = learner.policy
-    planned = updates_in(batch, settings.epochs, settings.sequences_per_minibatch)
-    for number, minibatch in enumerate(shuffled(batch, settings.epochs, settings.sequences_per_minibatch, random)):
-        learner.engine.set_progress(course.value_done * planned + number, course.value_total * planned)
-        if number == 0 and not learner.stop_gradient and not course.warming_up:
-            sums.add("policy/value_gradient_cosine", gradient_cosine(learner, minibatch, kl, tokens_per_microbatch), 1)
-        if not update_both(learner, minibatch, kl, tokens_per_microbatch, sums, train_policy=not course.warming_up):
-            break
+    resting, size = course.warming_up, learner.policy.sequences_per_minibatch
+    epochs = value_epochs if resting and value_epochs else learner.policy.epochs
+    planned = updates_in(batch, epochs, size)
+    cosine_wanted = not resting and not learner.stop_gradient and course.done % learner.cosine_every == 0
+    for number, minibatch in enumerate(shuffled(batch, epochs, size, random)):
+        set_rate(learner.engine, course, number, planned)
+        if not resting:
+            measured = cosine_wanted and number == 0
+            resting = not update_both(learner, minibatch, kl, tokens_per_microbatch, sums, with_cosine=measured)
+        if resting:
+            update_head(learner, minibatch, tokens_per_microbatch, sums)
     return dict(sums.means())
+
+
+def set_rate(engine: Engine, course: Course, number: int, planned: int) -> None:
+    """The learning rate of update `number` of the `planned` ones of a step."""
+    if course.warming_up:
+        engine.set_peak()
+    else:
+        engine.set_progress(course.done * planned + number, course.total * planned)
 
 
 def update_policy(
@@ -188,25 +204,27 @@ def update_policy(
             logprobs, entropies = policy.model.logprobs_and_entropies(part.tokens)
         else:
             logprobs = policy.model.logprobs(part.tokens)
-        policy.engine.backward(policy_objective(logprobs, entropies, part, policy.settings, kl, own) / count)
+        policy.engine.backward(policy_loss_sum(logprobs, entropies, part, policy.settings, kl, own) / count)
     return finish_policy(policy.engine, policy.settings, own, sums)
 
 
 def finish_policy(engine: Engine, settings: PolicySection, own: algo.Sums, sums: algo.Sums) -> bool:
     """Take the optimiser's step, or leave it out where the minibatch's approximate KL is beyond what is allowed."""
-    limit = settings.max_approx_kl
-    sums.merge(own)
-    go_on = limit is None or own.means()["policy/approx_kl"] <= limit
-    sums.add("policy/stopped_early", float(not go_on), 1)
+    limit, distance = settings.max_approx_kl, own.means()["policy/approx_kl"]
+    go_on = limit is None or distance <= limit
+    if limit is not None:
+        sums.add_largest("policy/stopped_early", float(not go_on))
     if not go_on:
         engine.discard()
+        sums.add_largest("policy/approx_kl_at_stop", distance)
         return False
+    sums.merge(own)
     sums.add("policy/grad_norm", engine.step(), 1)
     sums.add_total("policy/updates", 1)
     return True
 
 
-def policy_objective(
+def policy_loss_sum(
     logprobs: Tensor, entropies: Tensor | None, part: Batch, settings: PolicySection, kl: KlSection, sums: algo.Sums
 ) -> Tensor:
     """The policy's loss, summed over tokens: surrogate, KL where it is placed in the loss, entropy bonus."""
@@ -248,8 +266,9 @@ def policy_objective(
         total = total - settings.entropy_coefficient * bonus
         sums.add("policy/exact_entropy", bonus.detach(), tokens)
     with torch.no_grad():
-        ratio = algo.probability_ratio(logprobs, part.logprobs, mask)
-        sums.add("policy/approx_kl", algo.masked_sum(ratio - 1 - ratio.log(), mask), tokens)
+        log_ratio = (logprobs - part.logprobs).masked_fill(~mask, 0.0)
+        ratio = log_ratio.exp()
+        sums.add("policy/approx_kl", algo.masked_sum(ratio - 1 - log_ratio, mask), tokens)
         sums.add("policy/ratio_mean", algo.masked_sum(ratio, mask), tokens)
         sums.add_largest("policy/ratio_max", ratio[mask].max())
     return total
@@ -261,13 +280,13 @@ def update_value(value: ValueLearner, minibatch: Batch, tokens_per_microbatch: i
     sums.add("value/lr", value.engine.lr, 1)
     for part in microbatches(minibatch, tokens_per_microbatch):
         read = value.model.values if value.settings.loss == "mse" else value.model.bin_logits
-        loss = value_objective(read(part.tokens), part, value.settings, value.model.scale, sums)
+        loss = value_loss_sum(read(part.tokens), part, value.settings, value.model.scale, sums)
         value.engine.backward(loss / count)
     sums.add("value/grad_norm", value.engine.step(), 1)
     sums.add_total("value/updates", 1)
 
 
-def value_objective(answers: Tensor, part: Batch, settings: ValueSection, scale: float, sums: algo.Sums) -> Tensor:
+def value_loss_sum(answers: Tensor, part: Batch, settings: ValueSection, scale: float, sums: algo.Sums) -> Tensor:
     """The value model's loss, summed over tokens, in units of its head; logged in units of the reward.
 
     `answers` are values [B, T + 1], or logits [B, T + 1, K] of a categorical head.
@@ -294,52 +313,90 @@ def update_both(
     kl: KlSection,
     tokens_per_microbatch: int,
     sums: algo.Sums,
-    train_policy: bool,
+    *,
+    with_cosine: bool = False,
 ) -> bool:
-    """One optimiser step of policy and value head together."""
-    count, own = minibatch.tokens.mask.sum(), algo.Sums()
-    own.add("policy/lr", learner.engine.lr, 1)
-    for part in microbatches(minibatch, tokens_per_microbatch):
-        by_policy, by_value = both_objectives(learner, part, kl, own, train_policy)
-        loss = by_policy + learner.value.coefficient * by_value if train_policy else by_value
-        learner.engine.backward(loss / count)
-    if train_policy:
-        return finish_policy(learner.engine, learner.policy, own, sums)
-    sums.merge(own)
-    sums.add("value/grad_norm", learner.engine.step(), 1)
-    return True
+    """One optimiser step of policy and value head together; False where it was left out, as in `update_policy`.
 
-
-def both_objectives(
-    learner: SharedLearner, part: Batch, kl: KlSection, sums: algo.Sums, train_policy: bool
-) -> tuple[Tensor, Tensor]:
-    """The two losses of a micro-batch from one pass; that of a policy that rests is 0."""
-    logprobs, entropies, answers = learner.model.logprobs_and_values(
-        part.tokens,
-        entropies=learner.policy.entropy_coefficient > 0,
-        stop_gradient=learner.stop_gradient or not train_policy,
-    )
-    by_value = value_objective(answers, part, learner.value, learner.model.scale, sums)
-    if not train_policy:
-        return torch.zeros_like(by_value), by_value
-    return policy_objective(logprobs, entropies, part, learner.policy, kl, sums), by_value
-
-
-def gradient_cosine(learner: SharedLearner, minibatch: Batch, kl: KlSection, tokens_per_microbatch: int) -> float:
-    """Cosine between the gradients of the two losses where they share parameters; below 0 they pull apart.
-
-    The head is reached by the value loss alone and the policy's output matrix by the policy loss alone, so over all
-    parameters the inner product is that over the shared ones; the norms are taken over those that both reach.
+    With `with_cosine`, the two losses go backward one after the other, and the angle between their gradients is
+    logged.
     """
-    gradients = []
-    for which in (0, 1):
-        for part in microbatches(minibatch, tokens_per_microbatch):
-            learner.engine.backward(both_objectives(learner, part, kl, algo.Sums(), True)[which])
-        gradients.append(learner.engine.gradient())
-        learner.engine.discard()
-    shared = (gradients[0] != 0) & (gradients[1] != 0)
-    one, other = gradients[0][shared], gradients[1][shared]
-    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+    count, own = minibatch.tokens.mask.sum(), algo.Sums()
+    engine, cosine = learner.engine, GradientCosine()
+    own.add("policy/lr", engine.lr, 1)
+    for part in microbatches(minibatch, tokens_per_microbatch):
+        by_policy, by_value = both_loss_sums(learner, part, kl, own, stop_gradient=learner.stop_gradient)
+        by_policy, by_value = by_policy / count, learner.value.coefficient * by_value / count
+        if with_cosine:
+            engine.backward(by_policy, retain_graph=True)
+            cosine.of_policy(engine.take())
+            engine.backward(by_value)
+            cosine.of_value(engine.take())
+        else:
+            engine.backward(by_policy + by_value)
+    if with_cosine:
+        sums.add("policy/value_gradient_cosine", cosine.value(), 1)
+        engine.put(cosine.total())
+    return finish_policy(engine, learner.policy, own, sums)
+
+
+def update_head(learner: SharedLearner, minibatch: Batch, tokens_per_microbatch: int, sums: algo.Sums) -> None:
+    """One optimiser step of the value head alone."""
+    count = minibatch.tokens.mask.sum()
+    for part in microbatches(minibatch, tokens_per_microbatch):
+        answers = learner.model.logprobs_and_values(part.tokens, entropies=False, stop_gradient=True)[2]
+        by_value = value_loss_sum(answers, part, learner.value, learner.model.scale, sums)
+        learner.engine.backward(learner.value.coefficient * by_value / count)
+    sums.add("value/grad_norm", learner.engine.step(), 1)
+    sums.add_total("value/updates", 1)
+
+
+def both_loss_sums(
+    learner: SharedLearner, part: Batch, kl: KlSection, sums: algo.Sums, *, stop_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The policy's and the value model's loss of a micro-batch from one pass, each summed over tokens."""
+    logprobs, entropies, answers = learner.model.logprobs_and_values(
+        part.tokens, entropies=learner.policy.entropy_coefficient > 0, stop_gradient=stop_gradient
+    )
+    by_value = value_loss_sum(answers, part, learner.value, learner.model.scale, sums)
+    return policy_loss_sum(logprobs, entropies, part, learner.policy, kl, sums), by_value
+
+
+class GradientCosine:
+    """The angle between two losses' gradients over the parameters that both reach; below 0 they pull apart."""
+
+    def __init__(self) -> None:
+        self._policy: list[Tensor | None] = []
+        self._value: list[Tensor | None] = []
+
+    def of_policy(self, gradients: list[Tensor | None]) -> None:
+        """Add a micro-batch's gradient of the policy loss, a tensor a parameter."""
+        self._policy = _added(self._policy, gradients)
+
+    def of_value(self, gradients: list[Tensor | None]) -> None:
+        """Add a micro-batch's gradient of the value loss, a tensor a parameter."""
+        self._value = _added(self._value, gradients)
+
+    def total(self) -> list[Tensor | None]:
+        """The gradient of both together."""
+        return _added(self._policy, self._value)
+
+    def value(self) -> float:
+        """The cosine; NaN where one of the two is zero on all that they share, as with a head that answers 0."""
+        pairs = [
+            (one.double(), other.double())
+            for one, other in zip(self._policy, self._value, strict=True)
+            if one is not None and other is not None
+        ]
+        product = sum(float((one * other).sum()) for one, other in pairs)
+        norms = [math.sqrt(sum(float(side[n].square().sum()) for side in pairs)) for n in (0, 1)]
+        return product / (norms[0] * norms[1]) if min(norms) > 0 else float("nan")
+
+
+def _added(one: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor | None]:
+    if not one:
+        return other
+    return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]
 
 
 def updates_in(batch: Batch, epochs: int, size: int) -> int:
