@@ -60,7 +60,7 @@ def page(everything: Mapping[str, Any], rows: Mapping[str, Row]) -> tuple[str, l
         "",
         "Made by `make oracles`. Everything runs through the project's own `evaluate`, `estimate_advantages` and "
         "`update`, with tables (or a two-layer Llama) in the place of a language model. Each figure is that of one "
-        f"seed. Python {platform.python_version()}, float64, one thread a run.",
+        f"seed. Python {platform.python_version()}, tables in float64, the Llama in float32, one thread a run.",
         "",
         "The gap is KL(pi || pi*) in nats, which is (J* - J(pi)) / beta exactly: how far the policy is from the "
         "optimum of the KL-regularised objective. 300 steps, 4 epochs, Adam at .05 (policy) and .1 (value) falling "

@@ -7,7 +7,7 @@ then known by dynamic programming.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,12 @@ def layers(task: Task) -> list[Tensor]:
 
 
 def states_of(tokens: Tokens, task: Task) -> Tensor:
-    """[B, T + 1] the state before each response token and after the last one; 0 beyond it."""
+    """[B, T + 1] the state before each response token and after the last one; 0 beyond it.
+
+    Prepared tokens carry them; the prompt is one token, so they are as wide as the ids.
+    """
+    if tokens.activations is not None:
+        return tokens.activations[:, :, 0]
     states = [torch.zeros(len(tokens), dtype=torch.int64)]
     for t in range(tokens.mask.shape[1]):
         onward = task.following[states[-1], tokens.response_ids[:, t]]
@@ -152,7 +157,7 @@ class TablePolicy(nn.Module):
 
     def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
         del tokens_per_microbatch
-        return tokens
+        return replace(tokens, activations=states_of(tokens, self.task)[:, :, None])
 
     def logprobs(self, tokens: Tokens) -> Tensor:
         states = states_of(tokens, self.task)[:, :-1]

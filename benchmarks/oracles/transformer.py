@@ -1,7 +1,7 @@
 """The real machinery on a task that can be enumerated: a Llama of 2 layers, the default generator, EOS and all.
 
 Four tokens and EOS, at most five tokens a response: 1,365 responses in all. The reference is the policy as it
-starts, drawn wide enough to have preferences of its own; every response has a reward from N(0, 1).
+starts, its output matrix drawn wide enough to have preferences of its own; every response has a reward from N(0, 1).
 KL(pi || pi*) is computed over all responses from the log-probabilities of the training forward.
 """
 
@@ -40,10 +40,11 @@ def small_llama(seed: int) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         eos_token_id=EOS,
-        initializer_range=0.2,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.125)
+    return model
 
 
 def all_responses() -> list[tuple[int, ...]]:
