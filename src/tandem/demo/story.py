@@ -80,8 +80,10 @@ def run_demo(model: str | None, run_dir: Path, seed: int, quick: bool, progress:
         )
     write_rows(run_dir / "data" / "pairs.jsonl", pairs)
     write_rows(run_dir / "data" / "heldout_pairs.jsonl", heldout_pairs)
+    upper_half = -(-layer_count(source, "--model") // 2)
     reward_settings = {
         "model": source,
+        "adapters.upper_layers": upper_half,
         "data.train": f"{run_dir}/data/pairs.jsonl",
         "data.eval": f"{run_dir}/data/heldout_pairs.jsonl",
         "run.directory": f"{run_dir}/reward",
@@ -92,7 +94,7 @@ def run_demo(model: str | None, run_dir: Path, seed: int, quick: bool, progress:
         "rewards.0.model": f"{run_dir}/reward/model",
         "data.prompts": f"{run_dir}/data/openings.jsonl",
         "data.eval_prompts": f"{run_dir}/data/heldout_openings.jsonl",
-        "adapters.upper_layers": -(-layer_count(source, "--model") // 2),
+        "adapters.upper_layers": upper_half,
         "run.directory": f"{run_dir}/ppo",
         "run.seed": seed,
         **scale.joint_settings,
