@@ -40,7 +40,7 @@ def page(summaries: list[dict[str, Any]]) -> str:
         "the model are not in the seconds.",
         "",
         f"All figures but the reward model's are over {first['heldout_responses']} continuations of openings that no "
-        "training step saw; the standard error of a mean gold score is about 0.045. The seed also decides which "
+        "training step saw; the standard error of a mean gold score is about 0.033. The seed also decides which "
         "openings those are.",
         "",
         "| " + " | ".join(COLUMNS) + " |",

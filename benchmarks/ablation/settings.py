@@ -32,6 +32,8 @@ DEMO: dict[str, list[str]] = {
     "lambda_policy 1": ["--advantage.lambda_policy=1.0"],
     "whitened advantages": ["--advantage.whiten=true"],
     "value epochs 1": ["--value.epochs=1"],
+    "value lr 1e-3": ["--value.lr=1e-3"],
+    "value starts unknowing": ["--value.start=policy", "--value.head_lr=1e-3"],
     "value warm-up, 2 steps": ["--value.warmup.steps=2"],
     "KL in the loss, k2": ["--kl.placement=loss", "--kl.estimator=k2"],
     "sharing head": [
