@@ -20,9 +20,9 @@ from oracles.tabular import (
     sample_rollouts,
     score_rollouts,
 )
-from tandem.algo import Histogram
 from tandem.config import KlSection, PpoConfig
 from tandem.engine.local import LocalEngine, ParameterGroup
+from tandem.models.sharing import histogram_of
 from tandem.stages.joint import evaluate
 from tandem.stages.state import start_state
 from tandem.stages.step import judge, learn
@@ -116,8 +116,8 @@ class OracleModels:
 
 
 def table_models(task: Task, setup: Setup, config: PpoConfig, seed: int) -> OracleModels:
-    histogram = None if config.value.histogram is None else Histogram(**config.value.histogram.model_dump())
-    policy, value = TablePolicy(task.reference, task), TableValue(task, setup.value_start, histogram)
+    policy = TablePolicy(task.reference, task)
+    value = TableValue(task, setup.value_start, histogram_of(config.value))
     learners = (
         PolicyLearner(policy, _engine(policy, config.policy), config.policy),
         ValueLearner(value, _engine(value, config.value), config.value),

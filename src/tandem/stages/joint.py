@@ -98,7 +98,7 @@ def estimate_advantages(
     lam: float | Tensor = settings.lambda_policy
     if settings.length_adaptive is not None:
         lam = algo.length_adaptive_lambda(mask.sum(1), settings.length_adaptive).to(values.dtype)
-    outcomes, known = monte_carlo_outcomes(trajectories, settings, kl)
+    outcomes, known = monte_carlo_outcomes(rewards, trajectories, settings)
     if value_is_baseline(values, outcomes, known, settings):
         for_policy = advantages(lam)
     else:
@@ -147,14 +147,13 @@ def bootstrapped_values(trajectories: Trajectories, settings: AdvantageSection) 
 
 
 def monte_carlo_outcomes(
-    trajectories: Trajectories, settings: AdvantageSection, kl: KlSection
+    rewards: Tensor, trajectories: Trajectories, settings: AdvantageSection
 ) -> tuple[Tensor, Tensor]:
     """What was earned from each token on, [B, T], free of any value, and the mask [B, T] of where it is known.
 
     Where a cut response would have gone on (`at_limit = "bootstrap"`), what it would have earned is not known.
     """
     mask = trajectories.mask
-    rewards = rewards_at_tokens(trajectories, settings, kl)
     outcomes = algo.gae(rewards, torch.zeros_like(rewards), mask, gamma=settings.gamma, lam=1.0)
     return outcomes, mask & trajectories.ended[:, None] if settings.at_limit == "bootstrap" else mask
 

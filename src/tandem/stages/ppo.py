@@ -13,6 +13,7 @@ import torch
 from tandem.config import PpoConfig
 from tandem.data.prompts import prompt_batches
 from tandem.errors import InputError, RunError
+from tandem.models.sharing import histogram_of
 from tandem.run import Progress, RunFolder
 from tandem.run.clock import Clock
 from tandem.run.folder import check_free
@@ -97,11 +98,11 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
 
 def check_range(config: PpoConfig, batch: Batch) -> None:
     """Raises InputError where a categorical value head cannot say a tenth of the first step's returns or more."""
-    histogram = config.value.histogram
+    histogram, mask = histogram_of(config.value), batch.tokens.mask
     if histogram is None:
         return
-    returns = batch.returns[batch.tokens.mask]
-    outside = ((returns < histogram.low) | (returns > histogram.high)).float().mean().item()
+    returns = batch.returns[mask]
+    outside = float(histogram.outside(batch.returns, mask) / mask.sum())
     if outside >= 0.1:
         raise InputError(
             f"value.histogram goes from {histogram.low:g} to {histogram.high:g}, and {outside:.0%} of the first "

@@ -145,16 +145,12 @@ def update(
     """Train the policy, unless it rests, and then the value model; returns the step's metrics."""
     sums = algo.Sums()
     if not course.warming_up:
-        planned = updates_in(batch, policy.settings.epochs, policy.settings.sequences_per_minibatch)
-        minibatches = shuffled(batch, policy.settings.epochs, policy.settings.sequences_per_minibatch, random)
-        for number, minibatch in enumerate(minibatches):
-            set_rate(policy.engine, course, number, planned)
+        settings = policy.settings
+        for minibatch in scheduled(policy.engine, batch, settings.epochs, settings, random, course):
             if not update_policy(policy, minibatch, kl, tokens_per_microbatch, sums):
                 break
     epochs = value_epochs or value.settings.epochs
-    planned = updates_in(batch, epochs, value.settings.sequences_per_minibatch)
-    for number, minibatch in enumerate(shuffled(batch, epochs, value.settings.sequences_per_minibatch, random)):
-        set_rate(value.engine, course, number, planned)
+    for minibatch in scheduled(value.engine, batch, epochs, value.settings, random, course):
         update_value(value, minibatch, tokens_per_microbatch, sums)
     return dict(sums.means())
 
@@ -170,26 +166,39 @@ def update_shared(
 ) -> dict[str, float]:
     """Train policy and value head by one gradient; while the policy rests, or has moved too far, the head alone."""
     sums = algo.Sums()
-    resting, size = course.warming_up, learner.policy.sequences_per_minibatch
+    resting = course.warming_up
     epochs = value_epochs if resting and value_epochs else learner.policy.epochs
-    planned = updates_in(batch, epochs, size)
-    cosine_wanted = not resting and not learner.stop_gradient and course.done % learner.cosine_every == 0
-    for number, minibatch in enumerate(shuffled(batch, epochs, size, random)):
-        set_rate(learner.engine, course, number, planned)
+    with_cosine = not resting and not learner.stop_gradient and course.done % learner.cosine_every == 0
+    for minibatch in scheduled(learner.engine, batch, epochs, learner.policy, random, course):
         if not resting:
-            measured = cosine_wanted and number == 0
-            resting = not update_both(learner, minibatch, kl, tokens_per_microbatch, sums, with_cosine=measured)
+            resting = not update_both(learner, minibatch, kl, tokens_per_microbatch, sums, with_cosine=with_cosine)
+            with_cosine = False
         if resting:
             update_head(learner, minibatch, tokens_per_microbatch, sums)
     return dict(sums.means())
 
 
-def set_rate(engine: Engine, course: Course, number: int, planned: int) -> None:
-    """The learning rate of update `number` of the `planned` ones of a step."""
-    if course.warming_up:
-        engine.set_peak()
-    else:
-        engine.set_progress(course.done * planned + number, course.total * planned)
+def scheduled(
+    engine: Engine,
+    batch: Batch,
+    epochs: int,
+    settings: PolicySection | ValueSection,
+    random: torch.Generator,
+    course: Course,
+) -> Iterator[Batch]:
+    """The batch in a new random order for each epoch, a minibatch at a time, each at its own learning rate."""
+    size = settings.sequences_per_minibatch
+    planned = epochs * -(-len(batch) // size)
+    number = 0
+    for _ in range(epochs):
+        order = torch.randperm(len(batch), generator=random).to(batch.tokens.ids.device)
+        for rows in order.split(size):
+            if course.warming_up:
+                engine.set_peak()
+            else:
+                engine.set_progress(course.done * planned + number, course.total * planned)
+            yield batch.select(rows)
+            number += 1
 
 
 def update_policy(
@@ -397,19 +406,6 @@ def _added(one: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor 
     if not one:
         return other
     return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]
-
-
-def updates_in(batch: Batch, epochs: int, size: int) -> int:
-    """How many optimiser steps a batch makes."""
-    return epochs * -(-len(batch) // size)
-
-
-def shuffled(batch: Batch, epochs: int, size: int, random: torch.Generator) -> Iterator[Batch]:
-    """The batch in a new random order for each epoch, `size` sequences at a time."""
-    for _ in range(epochs):
-        order = torch.randperm(len(batch), generator=random).to(batch.tokens.ids.device)
-        for rows in order.split(size):
-            yield batch.select(rows)
 
 
 def microbatches(batch: Batch, tokens_per_microbatch: int) -> Iterator[Batch]:
