@@ -1,4 +1,4 @@
-"""The two ways in which a command ends badly, each with one message for a person."""
+"""The ways in which a command ends badly, each with one message for a person."""
 
 
 class InputError(Exception):
@@ -14,3 +14,10 @@ class BadRowError(InputError):
 
 class RunError(Exception):
     """A run that began well could not go on: exit status 1."""
+
+
+class RewardError(RunError):
+    """A reward did not answer as it should; the message names the reward and the sample.
+
+    Where a reward is tried before training, it is the person's input that is refused.
+    """

@@ -1,0 +1,124 @@
+"""What a joint recipe cannot say together, and what it says in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tandem.config import PpoConfig, Section
+
+
+def impossible(config: PpoConfig) -> Iterator[str]:
+    """What a joint recipe cannot have together, each with what to do instead."""
+    policy, value, advantage, score = config.policy, config.value, config.advantage, config.score
+    head = config.sharing.mode == "head"
+    if head and value.start == "reward":
+        yield (
+            'sharing.mode = "head" puts the value head on the policy, which is no reward model; '
+            'set value.start = "policy"'
+        )
+    if value.start == "reward" and not any(source.model for source in config.rewards):
+        yield 'value.start = "reward" needs a reward model in rewards; set value.start = "policy"'
+    if config.sharing.mode == "separate" and config.adapters is not None:
+        yield 'adapters are set, but sharing.mode is "separate"; set sharing.mode = "adapters" or "head"'
+    if head and (value.epochs, value.sequences_per_minibatch) != (policy.epochs, policy.sequences_per_minibatch):
+        yield (
+            'with sharing.mode = "head" one pass serves both losses, so value.epochs and '
+            "value.sequences_per_minibatch must be the policy's"
+        )
+    if head and value.adaptive is not None:
+        yield 'value.adaptive changes the value model\'s passes alone, which sharing.mode = "head" cannot; leave it out'
+    if policy.loss == "a2c" and policy.epochs > 1 and policy.max_approx_kl is None:
+        yield (
+            'policy.loss = "a2c" has no clip, so further epochs on the same rollouts go astray; set policy.epochs = 1, '
+            "or policy.max_approx_kl"
+        )
+    if score.normalize == "running" and any(source.center for source in config.rewards):
+        yield 'score.normalize = "running" takes the mean off anyway; leave center out'
+    if config.kl.target is not None and config.kl.coefficient == 0:
+        yield "kl.target adapts kl.coefficient by factors, and 0 stays 0; start from more than 0"
+    if config.kl.placement == "loss" and config.kl.estimator == "k1" and policy.loss != "book":
+        yield (
+            'kl.estimator = "k1" as a loss has a gradient of mean zero, so it holds nothing; set kl.estimator = "k2", '
+            'or kl.placement = "reward"'
+        )
+    if config.eval_every is not None and config.data.eval_prompts is None:
+        yield "eval_every needs data.eval_prompts"
+    if advantage.at_limit == "bootstrap" and (score.missing_eos_penalty > 0 or score.overlong_from is not None):
+        yield (
+            "the penalties score.missing_eos_penalty and score.overlong_from have no effect on a response cut at the "
+            'limit with advantage.at_limit = "bootstrap", which pays it no score; set one of the two'
+        )
+    if score.overlong_from is not None and score.overlong_from >= config.rollout.max_new_tokens:
+        yield (
+            f"score.overlong_from = {score.overlong_from} must be less than rollout.max_new_tokens = "
+            f"{config.rollout.max_new_tokens}"
+        )
+    if (value.loss == "hl_gauss") != (value.histogram is not None):
+        yield 'value.loss = "hl_gauss" and value.histogram (low, high) go together; set both or neither'
+    if value.loss == "hl_gauss" and (value.clip is not None or value.normalize):
+        yield 'value.clip and value.normalize are for value.loss = "mse"; a histogram has a range of its own'
+    if value.adaptive is not None and value.adaptive.max_epochs < value.epochs:
+        yield f"value.adaptive.max_epochs = {value.adaptive.max_epochs} is less than value.epochs = {value.epochs}"
+    if value.adaptive is not None and value.adaptive.raise_below >= value.adaptive.lower_above:
+        yield "value.adaptive.raise_below must be less than value.adaptive.lower_above"
+
+
+def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that were changed from their defaults, or their preset's, and change nothing, each with why."""
+    head, loss = config.sharing.mode == "head", config.policy.loss
+    advantage = config.advantage
+    idle: list[tuple[bool, Section, str, list[str], str]] = [
+        (
+            head,
+            config.value,
+            "value",
+            ["schedule", "warmup_fraction", "max_grad_norm", "weight_decay", "betas"],
+            'sharing.mode = "head" has one optimiser, the policy\'s',
+        ),
+        (not head, config.value, "value", ["coefficient"], 'it is for sharing.mode = "head"'),
+        (
+            not head,
+            config.sharing,
+            "sharing",
+            ["head_gradient", "gradient_cosine_every"],
+            'it is for sharing.mode = "head"',
+        ),
+        (loss == "a2c", config.policy, "policy", ["clip_low", "clip_high", "dual_clip"], "a2c has no clip"),
+        (loss == "book", config.policy, "policy", ["dual_clip"], "the textbook's clip has no second one"),
+        (
+            advantage.baseline == "batch",
+            advantage,
+            "advantage",
+            ["lambda_policy", "length_adaptive"],
+            'baseline = "batch" makes advantages without a lambda',
+        ),
+        (
+            advantage.length_adaptive is not None and advantage.baseline != "batch",
+            advantage,
+            "advantage",
+            ["lambda_policy"],
+            "length_adaptive takes its place",
+        ),
+        (
+            config.score.overlong_from is None,
+            config.score,
+            "score",
+            ["overlong_penalty"],
+            "it needs score.overlong_from",
+        ),
+        (
+            not any(source.center for source in config.rewards),
+            config.score,
+            "score",
+            ["reference_samples"],
+            "no reward asks for center",
+        ),
+        (config.kl.target is None, config.kl, "kl", ["horizon"], "it needs kl.target"),
+    ]
+    for applies, section, name, fields, why in idle:
+        for field in fields:
+            default = preset.get(name, {}).get(field, type(section).model_fields[field].default)
+            if applies and getattr(section, field) != default:
+                yield f"{name}.{field} has no effect here: {why}; leave it out"
