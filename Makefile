@@ -6,7 +6,7 @@ STORIES ?= ../shared/data/tinystories/train.jsonl
 DEMO_MODEL ?= $(HOME)/.cache/tandem/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo test lint format examples clean
+.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -29,6 +29,9 @@ ablation-stories: .venv/ready ## options of the joint stage on a story model: do
 
 ablation-demo: .venv/ready ## the same on the demo's task, after make demo-seeds: docs/results/ablation-demo.md
 	PYTHONPATH=benchmarks $(BIN)/python -m ablation demo $(DEMO_MODEL) $(wildcard runs/demo-seed-*)
+
+faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -m faults
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest

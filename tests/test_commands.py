@@ -20,9 +20,9 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from conftest import make_tokenizer
 from tandem.cli import main
 from tandem.run.folder import read_metrics
+from tiny import make_tokenizer
 
 WORDS = ["good", "story", "film", "sea", "quiet", "slow"]
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_tokenizer
 from tandem.config import RowsSection
 from tandem.data.examples import read_examples, read_pairs
 from tandem.data.prompts import PromptLimits, prompt_batches, read_prompts
 from tandem.data.rows import hold_out, read_rows
 from tandem.errors import InputError
+from tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 USER = {"role": "user", "content": "what is two?"}

@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined
 
 from tandem import __version__
 from tandem.config import PpoConfig, RewardConfig, SftConfig
-from tandem.errors import InputError, RunError
-from tandem.recipe import fields_of, load_config
+from tandem.errors import InputError, Interrupted, RunError
+from tandem.recipe import fields_of, is_finished, load_config, resumed_run
 
 if TYPE_CHECKING:
     from tandem.run import Progress
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"tandem: the run failed: {error}", file=sys.stderr)
         return FAILED
+    except Interrupted as ended:
+        print(f"tandem: {ended}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("tandem: stopped.", file=sys.stderr)
         return INTERRUPTED
@@ -71,6 +74,9 @@ def _add_stage(commands: Any, name: str, kind: Any) -> None:
         allow_abbrev=False,
     )
     command.add_argument("recipe", nargs="?", help="a TOML file; the settings that follow override it")
+    command.add_argument(
+        "--resume", metavar="RUN", help="go on with the run in this folder, by its own recipe, where it was cut short"
+    )
 
 
 def _settings_help(kind: Any) -> str:
@@ -85,17 +91,25 @@ def _settings_help(kind: Any) -> str:
 
 
 def _run_stage(name: str, words: Sequence[str]) -> int:
+    run, words = resumed_run(name, words)
     has_recipe = bool(words) and not words[0].startswith("-")
+    if run is not None and has_recipe:
+        raise InputError(f"--resume {run} goes on with the run's own recipe, so {words[0]!r} was not understood.")
     recipe, overrides = (Path(words[0]), words[1:]) if has_recipe else (None, words)
+    if run is not None:
+        recipe = run / "config.toml"
+        if is_finished(run) and not overrides:
+            print(f"{run}: the run is finished; there is nothing to go on with. To train further, give more steps.")
+            return DONE
     config = load_config(_STAGES[name], recipe, overrides)
-    directory = config.run.directory.replace("{stage}", name)
+    directory = str(run) if run is not None else config.run.directory.replace("{stage}", name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
-    summary = _with_progress(lambda progress: _stage_function(name)(config, progress))
+    summary = _with_progress(lambda progress: _stage_function(name)(config, progress, resume=run is not None))
     print(f"{directory}: {_result(summary)}")
     return INTERRUPTED if summary["interrupted"] else DONE
 
 
-def _stage_function(name: str) -> Callable[[Any, Progress], dict[str, Any]]:
+def _stage_function(name: str) -> Callable[..., dict[str, Any]]:
     """The stage, imported only now: the command line answers quickly where no model is needed."""
     if name == "sft":
         from tandem.stages.sft import run_sft

@@ -30,6 +30,29 @@ class RunSection(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         ["tensorboard"], description="where metrics go besides metrics.jsonl"
     )
+    grace_seconds: Positive = Field(
+        30.0, description="after SIGTERM the state is saved within this time; the step at hand ends or is given up"
+    )
+    max_faults_in_a_row: Count = Field(
+        3, description="the run stops once so many steps in a row were skipped for numbers that are not finite"
+    )
+
+
+class CheckpointSection(Section):
+    """When a run's state is saved, and how much of it is kept."""
+
+    every_minutes: Positive = Field(10.0, description="minutes between checkpoints")
+    every_steps: Count | None = Field(None, description="steps between checkpoints, besides those by the clock")
+    keep: Count = Field(2, description="the newest checkpoints that are kept")
+    best_metric: str | None = Field(
+        None, description="a metric whose best checkpoint is kept too, such as heldout/objective/score"
+    )
+    best_is: Literal["highest", "lowest"] = Field("highest", description="which value of best_metric is the best")
+    spare_copy: bool = Field(
+        True,
+        description="keep what trains twice in memory while an update runs that takes over 10 s, so that a SIGTERM "
+        "within it loses nothing",
+    )
 
 
 class ComputeSection(Section):
@@ -113,6 +136,7 @@ class SftConfig(Section):
     optimizer: FineTuningSection = FineTuningSection()
     adapters: AdapterSection | None = Field(None, description="train LoRA adapters instead of all weights")
     run: RunSection = RunSection()
+    checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
 
 
@@ -133,6 +157,7 @@ class RewardConfig(Section):
     optimizer: FineTuningSection = FineTuningSection()
     adapters: AdapterSection | None = Field(None, description="train LoRA adapters instead of all weights")
     run: RunSection = RunSection()
+    checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
 
 
@@ -382,6 +407,7 @@ class PpoConfig(Section):
         None, description="settings of the adapters, where sharing.mode is adapters"
     )
     run: RunSection = RunSection()
+    checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
 
     @model_validator(mode="before")

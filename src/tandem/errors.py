@@ -21,3 +21,16 @@ class RewardError(RunError):
 
     Where a reward is tried before training, it is the person's input that is refused.
     """
+
+
+class NotFinite(Exception):
+    """A number that is not finite, met before it could reach a weight: the step is skipped for it."""
+
+    def __init__(self, where: str, remedy: str) -> None:
+        super().__init__(f"{where} is not finite")
+        self.where = where
+        self.remedy = remedy
+
+
+class Interrupted(Exception):
+    """A run was ended from outside before it was done: exit status 130. The message says how to go on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -31,6 +32,44 @@ def load_config(kind: type[StageConfig], recipe: Path | None, overrides: Sequenc
     except ValidationError as error:
         origin = f"{recipe}" if recipe else "the command line"
         raise InputError(_explain(error, kind, origin)) from None
+
+
+def resumed_run(stage: str, words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The run that `--resume RUN` names, if it is given, and the other words.
+
+    Raises InputError where no folder follows, or it holds no run or one of another stage.
+    """
+    rest = list(words)
+    at = next((n for n, word in enumerate(rest) if word == "--resume" or word.startswith("--resume=")), None)
+    if at is None:
+        return None, rest
+    _, equals, named = rest.pop(at).partition("=")
+    if not equals:
+        if at >= len(rest) or rest[at].startswith("--"):
+            raise InputError("--resume needs the folder of a run.")
+        named = rest.pop(at)
+    run, found = Path(named), stage_of(Path(named))
+    if found != stage:
+        raise InputError(f"--resume {named}: that is a run of another stage; go on by tandem {found} --resume {named}.")
+    return run, rest
+
+
+def stage_of(run: Path) -> str:
+    """The command that made a run. Raises InputError where the folder holds none."""
+    try:
+        return str(json.loads((run / "run.json").read_text(encoding="utf-8"))["stage"])
+    except (OSError, ValueError, KeyError) as error:
+        reason = "it has no run.json" if isinstance(error, FileNotFoundError) else "its run.json cannot be read"
+        raise InputError(f"--resume {run}: the folder holds no run that can go on ({reason}).") from error
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run came to its end, by its summary, which is written last."""
+    try:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        return summary["interrupted"] is False
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tandem.models.trunk import Trunk
 from tandem.recipe import load_config
 from tandem.rollout import TorchGenerator
 from tandem.run import Progress
-from tandem.run.folder import write_json
+from tandem.run.disk import write_json
 from tandem.stages.ppo import run_ppo
 from tandem.stages.reward import run_reward
 from tandem.text import decoder

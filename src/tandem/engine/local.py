@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tandem.config import OptimizerSection
-from tandem.errors import RunError
+from tandem.errors import InputError, NotFinite
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,10 @@ class LocalEngine:
     gradients and is what the optimiser moves.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], settings: OptimizerSection) -> None:
+    def __init__(self, groups: Sequence[ParameterGroup], settings: OptimizerSection, name: str = "model") -> None:
+        """`name` is what messages call what is trained."""
         self._settings = settings
+        self._name = name
         self._peaks = [group.lr for group in groups]
         self._pairs = [(p, _master_of(p)) for group in groups for p in group.parameters]
         masters = iter(master for _, master in self._pairs)
@@ -86,12 +88,13 @@ class LocalEngine:
     def step(self) -> float:
         """Clip, update, and forget the gradients. Returns the gradient's norm before clipping.
 
-        Raises RunError where the gradient is not finite, before it reaches a weight.
+        Raises NotFinite where the gradient is not finite; it is forgotten, and the weights are as they were.
         """
         masters = [master for _, master in self._pairs]
         norm = float(nn.utils.clip_grad_norm_(masters, self._settings.max_grad_norm))
         if not math.isfinite(norm):
-            raise RunError(f"a gradient is not finite (norm {norm}); the weights are as they were before it.")
+            self.discard()
+            raise NotFinite(f"the {self._name}'s gradient", _REMEDY)
         self._optimizer.step()
         self.discard()
         with torch.no_grad():
@@ -99,6 +102,39 @@ class LocalEngine:
                 if master is not parameter:
                     parameter.copy_(master)
         return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Master weights and the optimiser's state by name: the tensors themselves, no copies."""
+        found: dict[str, Tensor] = {}
+        for number, (_, master) in enumerate(self._pairs):
+            found[f"{number:05d}.weight"] = master.detach()
+            of_optimizer = self._optimizer.state.get(master, {})
+            found |= {f"{number:05d}.{name}": tensor for name, tensor in of_optimizer.items()}
+        return found
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave. Raises InputError where it is of other parameters."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name.endswith(".weight")}
+        own = {f"{number:05d}.weight": tuple(master.shape) for number, (_, master) in enumerate(self._pairs)}
+        if shapes != own:
+            raise InputError(
+                f"the checkpoint's {self._name} has {len(shapes)} trained tensors that are not the {len(own)} of this "
+                "recipe; go on with the recipe that it was made with."
+            )
+        for number, (parameter, master) in enumerate(self._pairs):
+            of_master = {
+                name.partition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"{number:05d}.")
+            }
+            master.copy_(of_master.pop("weight"))
+            if master is not parameter:
+                parameter.copy_(master)
+            if of_master:
+                own_copies = {name: tensor.to(master.device, copy=True) for name, tensor in of_master.items()}
+                self._optimizer.state[master] = own_copies
+
+
+_REMEDY = 'Lower its learning rate or max_grad_norm, or set compute.precision = "float32".'
 
 
 def _master_of(parameter: nn.Parameter) -> nn.Parameter:

@@ -49,9 +49,17 @@ class WeightedSum:
                     process = term.weight * part if process is None else process + term.weight * part
         return Scores(total, {name: part.whole for name, part in earned.items()}, process)
 
-    def centred(self, names: Sequence[str], rollouts: Sequence[Rollout]) -> WeightedSum:
-        """The same rewards, with the named ones less their mean over these rollouts."""
-        offsets = {name: float(self.terms[name].score(rollouts).whole.mean()) for name in names}
+    @property
+    def offsets(self) -> dict[str, float]:
+        """What is taken off each term."""
+        return {name: term.offset for name, term in self.terms.items()}
+
+    def with_offsets(self, offsets: Mapping[str, float]) -> WeightedSum:
+        """The same rewards with other offsets; a term that has none keeps its own."""
         return WeightedSum(
             {name: replace(term, offset=offsets.get(name, term.offset)) for name, term in self.terms.items()}
         )
+
+    def centred(self, names: Sequence[str], rollouts: Sequence[Rollout]) -> WeightedSum:
+        """The same rewards, with the named ones less their mean over these rollouts."""
+        return self.with_offsets({name: float(self.terms[name].score(rollouts).whole.mean()) for name in names})

@@ -3,34 +3,70 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import tomli_w
-from pydantic import BaseModel
 
-from tandem.errors import InputError
+from tandem.config import CheckpointSection, RunSection
+from tandem.errors import InputError, NotFinite
 from tandem.recipe import without_none
-from tandem.run.trackers import Tracker, open_trackers
+from tandem.run.disk import finite_or_none, write_json, write_whole, writing
+from tandem.run.keeper import Keeper
+from tandem.run.record import RECORD
+from tandem.run.start import CHECKPOINTS, Start
+from tandem.run.trackers import Place, Tracker, open_trackers
+
+
+class Recipe(Protocol):
+    """What any stage's configuration says about its run."""
+
+    @property
+    def run(self) -> RunSection: ...
+
+    @property
+    def checkpoints(self) -> CheckpointSection: ...
+
+    def model_dump(self) -> dict[str, Any]: ...
 
 
 class RunFolder:
-    """`config.toml`, `metrics.jsonl` (an object a step), `rollouts/`, `model/`, `summary.json`, `tensorboard/`."""
+    """`config.toml`, `metrics.jsonl` (an object a step), `rollouts/`, `model/`, `summary.json`, `tensorboard/`.
 
-    def __init__(self, path: Path, config: BaseModel, trackers: Sequence[str]) -> None:
-        """Raises InputError where the folder holds another run or cannot be written."""
-        check_free(path)
+    A run that goes on finds what was written after the snapshot that it goes on from cut off again.
+    """
+
+    def __init__(self, path: Path, config: Recipe, start: Start) -> None:
+        """Raises InputError where the folder cannot be written, or a tracker is not installed."""
+        settings, snapshot = without_none(config.model_dump()), start.snapshot
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            text = tomli_w.dumps(without_none(config.model_dump()))
-            (path / "config.toml").write_text(text, encoding="utf-8")
-            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+            write_whole(path / "config.toml", tomli_w.dumps(settings))
+            write_json(start.record, path / RECORD)
+            (path / "summary.json").unlink(missing_ok=True)
+            self._metrics = (path / "metrics.jsonl").open("ab")
+            self._metrics.truncate(snapshot.state["metrics_bytes"] if snapshot else 0)
+            self._metrics.seek(0, os.SEEK_END)
+            remove_later_samples(path, snapshot.step if snapshot else 0)
         except OSError as error:
             raise InputError(f"run.directory = {str(path)!r} cannot be written: {error.strerror}.") from error
         self.path = path
-        self._trackers: list[Tracker] = open_trackers(trackers, path, without_none(config.model_dump()))
+        place = Place(path, str(start.record["identity"]), snapshot.step if snapshot else None)
+        self._trackers: list[Tracker] = open_trackers(config.run.trackers, place, settings)
+        self.keeper = Keeper(path / CHECKPOINTS, config.checkpoints, self.sync)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.keeper.close()
+        self._metrics.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     @property
     def model(self) -> Path:
@@ -38,48 +74,53 @@ class RunFolder:
         return self.path / "model"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row of metrics; a value that is not finite is kept as null."""
+        """One row of metrics; a value that is not finite is kept as null.
+
+        Raises RunError where the disk does not take it.
+        """
         finite = finite_or_none(metrics)
-        self._metrics.write(json.dumps({"step": step} | finite) + "\n")
-        self._metrics.flush()
+        with writing(self.path / "metrics.jsonl"):
+            self._metrics.write((json.dumps({"step": step} | finite) + "\n").encode())
+            self._metrics.flush()
         for tracker in self._trackers:
             tracker.log({name: value for name, value in finite.items() if value is not None}, step)
 
     def save_rollouts(self, name: str, samples: Sequence[Mapping[str, Any]]) -> None:
         """Samples of a step, one JSON object a line."""
-        folder = self.path / "rollouts"
-        folder.mkdir(exist_ok=True)
-        lines = (json.dumps(finite_or_none(sample), ensure_ascii=False) for sample in samples)
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._write_lines(self.path / "rollouts" / f"{name}.jsonl", samples)
+
+    def keep_fault(self, step: int, fault: NotFinite, samples: Sequence[Mapping[str, Any]]) -> None:
+        """What a skipped step worked on: first why it was skipped, then a sample a line."""
+        why = {"step": step, "where": fault.where, "remedy": fault.remedy}
+        self._write_lines(self.path / "faults" / f"step_{step:06d}.jsonl", [why, *samples])
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_json(summary, self.path / "summary.json")
+        with writing(self.path / "summary.json"):
+            write_json(summary, self.path / "summary.json")
 
-    def close(self) -> None:
-        self._metrics.close()
-        for tracker in self._trackers:
-            tracker.close()
+    @property
+    def metrics_bytes(self) -> int:
+        """How much of metrics.jsonl is written; a checkpoint remembers it."""
+        return self._metrics.tell()
 
+    def sync(self) -> None:
+        """Have the metrics on the disk."""
+        os.fsync(self._metrics.fileno())
 
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    text = json.dumps(finite_or_none(content), indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def finite_or_none(tree: Any) -> Any:
-    """A tree that JSON can hold: a number that is not finite becomes null."""
-    if isinstance(tree, Mapping):
-        return {name: finite_or_none(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [finite_or_none(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    def _write_lines(self, path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+        lines = (json.dumps(finite_or_none(sample), ensure_ascii=False) for sample in samples)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def check_free(path: Path) -> None:
-    """Raises InputError where a run has left metrics in the folder; one that ended before its first step has not."""
-    metrics = path / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size > 0:
-        raise InputError(f"{path} already holds a run; choose another folder with --run.directory.")
+def remove_later_samples(path: Path, step: int) -> None:
+    """Take away samples of steps after this one, which the run that goes on will write anew."""
+    for name in ("rollouts", "faults"):
+        for file in (path / name).glob("*.jsonl"):
+            number = file.stem.rpartition("_")[2]
+            if file.stem == "heldout_after" or (number.isdigit() and int(number) > step):
+                file.unlink()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

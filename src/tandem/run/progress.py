@@ -51,8 +51,9 @@ class Progress:
         self.console.print(f"WARNING: {text}", style="bold red", markup=False)
 
     @contextmanager
-    def stage(self, name: str, steps: int) -> Iterator[Stage]:
-        stage = Stage(self, name, steps)
+    def stage(self, name: str, steps: int, done: int = 0) -> Iterator[Stage]:
+        """A stage of so many steps, of which `done` were done in an earlier life of the run."""
+        stage = Stage(self, name, steps, done)
         yield stage
         stage.finish()
 
@@ -60,9 +61,10 @@ class Progress:
 class Stage:
     """The progress of one stage."""
 
-    def __init__(self, progress: Progress, name: str, steps: int) -> None:
-        self._progress, self._name, self._steps, self._done = progress, name, steps, 0
-        self._task = progress._bars.add_task(name, total=steps, numbers="")
+    def __init__(self, progress: Progress, name: str, steps: int, done: int) -> None:
+        self._progress, self._name, self._steps = progress, name, steps
+        self._done = self._done_before = done
+        self._task = progress._bars.add_task(name, total=steps, completed=done, numbers="")
         self._started = self._said = time.monotonic()
         self._numbers = ""
         self._said_done = -1
@@ -83,7 +85,7 @@ class Stage:
     def _say(self) -> None:
         self._said, self._said_done = time.monotonic(), self._done
         elapsed = self._said - self._started
-        left = elapsed / max(1, self._done) * (self._steps - self._done)
+        left = elapsed / max(1, self._done - self._done_before) * (self._steps - self._done)
         self._progress.say(
             f"{self._name}  {self._done}/{self._steps}  {elapsed:.0f} s, {left:.0f} s left  {self._numbers}".rstrip()
         )

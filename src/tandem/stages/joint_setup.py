@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from tandem.rewards.model import ModelReward
 from tandem.rollout import Generator, TorchGenerator
 from tandem.run import Progress, RunFolder
 from tandem.stages.joint import evaluate
-from tandem.stages.update import Course, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
+from tandem.stages.update import Course, Engine, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
 from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
 
@@ -42,7 +42,30 @@ class JointStage:
     generator: Generator
     learners: tuple[PolicyLearner, ValueLearner] | SharedLearner
     placement: Placement
+    sampling: torch.Generator
     random: torch.Generator
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """What trains, by name."""
+        if isinstance(self.learners, SharedLearner):
+            return {"policy": self.learners.engine}
+        policy, value = self.learners
+        return {"policy": policy.engine, "value": value.engine}
+
+    @property
+    def randoms(self) -> dict[str, torch.Generator]:
+        """The random states that are the run's own: of sampling, and of the order of minibatches."""
+        return {"sampling": self.sampling, "minibatches": self.random}
+
+    @property
+    def value_units(self) -> list[float]:
+        """The units that the value model's head speaks in: scale and shift."""
+        return [self.models.value.scale, self.models.value.shift]
+
+    def set_value_units(self, scale: float, shift: float) -> None:
+        """Read a head that was taken over as it spoke then."""
+        self.models.value.scale, self.models.value.shift = scale, shift
 
     def evaluate(self, rollouts: Sequence[Rollout], scores: Scores) -> Trajectories:
         models, budget = self.models, self.placement.tokens_per_microbatch
@@ -68,8 +91,11 @@ class JointStage:
         save_scalar(self.models.value, self.tokenizer, folder.path / "value_model")
 
 
-def build(config: PpoConfig, progress: Progress) -> JointStage:
-    """Load data, models and reward. What can be refused early is looked at first."""
+def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | None = None) -> JointStage:
+    """Load data, models and reward. What can be refused early is looked at first.
+
+    `offsets` are those of the reward's terms, where they were found before.
+    """
     functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
     device = pick_device(config.compute.device)
     placement = Placement(device, pick_dtype(config.compute.precision, device), config.compute.tokens_per_microbatch)
@@ -83,16 +109,21 @@ def build(config: PpoConfig, progress: Progress) -> JointStage:
     sampling = torch.Generator(device=device).manual_seed(config.run.seed)
     generator = make_generator(models.policy, tokenizer, config, sampling)
     reward = WeightedSum(reward_terms(config.rewards, reward_models, functions, tokenizer))
+    if offsets is None:
+        reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress)
+    else:
+        reward = reward.with_offsets(offsets)
     return JointStage(
         tokenizer=tokenizer,
         prompts=prompts[0],
         heldout=prompts[1],
         models=models,
-        reward=centred_on_reference(reward, config, models, tokenizer, prompts[0], progress),
+        reward=reward,
         reward_models=reward_models,
         generator=generator,
         learners=learners(config, models),
         placement=placement,
+        sampling=sampling,
         random=torch.Generator().manual_seed(config.run.seed),
     )
 
@@ -210,11 +241,11 @@ def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, Val
     if models.shared is not None:
         stop = config.sharing.head_gradient == "stop"
         every = config.sharing.gradient_cosine_every
-        return SharedLearner(models.shared, LocalEngine([trunk, head], policy), policy, value, stop, every)
+        return SharedLearner(models.shared, LocalEngine([trunk, head], policy, "policy"), policy, value, stop, every)
     of_value = [ParameterGroup(models.value_parameters, value.lr), head]
     return (
-        PolicyLearner(models.policy, LocalEngine([trunk], policy), policy),
-        ValueLearner(models.value, LocalEngine(of_value, value), value),
+        PolicyLearner(models.policy, LocalEngine([trunk], policy, "policy"), policy),
+        ValueLearner(models.value, LocalEngine(of_value, value, "value model"), value),
     )
 
 

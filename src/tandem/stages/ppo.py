@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,87 +13,192 @@ import torch
 
 from tandem.config import PpoConfig
 from tandem.data.prompts import prompt_batches
-from tandem.errors import InputError, RunError
+from tandem.errors import InputError, NotFinite, RunError
 from tandem.models.sharing import histogram_of
 from tandem.run import Progress, RunFolder
+from tandem.run.checkpoints import Snapshot
 from tandem.run.clock import Clock
-from tandem.run.folder import check_free
-from tandem.run.interrupt import Interrupt
+from tandem.run.disk import writing
+from tandem.run.faults import diagnosis
+from tandem.run.lock import claimed
 from tandem.run.machine import machine_record
+from tandem.run.signals import Signals
+from tandem.run.start import start_of
+from tandem.stages.finite import check_scores
 from tandem.stages.joint import in_parts
 from tandem.stages.joint_setup import JointStage, build
-from tandem.stages.saved_rollouts import SavedRollout, as_scored, check_saved, read_saved, records, split_by_prompt
+from tandem.stages.saved_rollouts import (
+    SavedRollout,
+    as_scored,
+    check_saved,
+    read_saved,
+    records,
+    split_by_prompt,
+    unjudged,
+)
+from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
-from tandem.stages.step import judge, learn
-from tandem.types import Batch, Prompt, pad_tokens
+from tandem.stages.step import Judged, judge, learn
+from tandem.types import Batch, Prompt, Rollout, pad_tokens
 
 
-def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
-    """Train by the recipe, save the models and return the run's summary.
+@dataclass(frozen=True)
+class JointRun:
+    """A joint stage on its way: what it works with, and where it leaves its traces.
 
-    Raises InputError for what cannot be used, RunError where the run cannot go on.
+    `since` is when it would have begun had it run in one piece, on the monotonic clock.
     """
-    started = time.monotonic()
-    check_free(Path(config.run.directory))
-    torch.manual_seed(config.run.seed)
-    saved = read_saved(config)
-    stage = build(config, progress)
-    folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
-    check_start(stage, config)
-    state = start_state(config)
-    heldout_before = evaluate_heldout(stage, config, folder, "before", state)
-    state, pretraining = pretrain_value(stage, config, state, saved, progress)
-    prompts = prompt_batches(stage.prompts, config.rollout.prompts_per_step, config.run.seed)
-    clock, metrics = Clock(), dict[str, float]()
+
+    stage: JointStage
+    config: PpoConfig
+    folder: RunFolder
+    signals: Signals
+    progress: Progress
+    since: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+    def snapshot(self, standing: Standing) -> Snapshot:
+        return snapshot_of(self.stage, standing, self.folder.metrics_bytes, self.seconds)
+
+
+def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+    """Train by the recipe, or go on with the run that its folder holds; save the models and return the summary.
+
+    Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
+    """
+    started, path = time.monotonic(), Path(config.run.directory)
+    with claimed(path):
+        start = start_of(path, "ppo", config, resume, progress)
+        earlier = {} if start.snapshot is None else start.snapshot.state
+        torch.manual_seed(config.run.seed)
+        saved = read_saved(config) if start.snapshot is None else []
+        stage = build(config, progress, earlier.get("offsets"))
+        with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
+            run = JointRun(stage, config, folder, signals, progress, started - earlier.get("seconds", 0.0))
+            with folder.keeper.safe("ppo"):
+                check_start(stage, config)
+                standing = begin(run, saved) if start.snapshot is None else take_up(stage, config, start.snapshot)
+                folder.keeper.check_space(run.snapshot(standing))
+                return finish(run, train(run, standing))
+
+
+def begin(run: JointRun, saved: Sequence[SavedRollout]) -> Standing:
+    """Before the first step: measure on held-out prompts, and learn from saved rollouts if there are any."""
+    state = start_state(run.config)
+    with run.signals.may_give_up():
+        heldout = evaluate_heldout(run, "before", state)
+        try:
+            state, pretraining = pretrain_value(run, state, saved)
+        except NotFinite as fault:
+            raise RunError(f"learning from saved rollouts: {fault}. {fault.remedy}") from None
+    return Standing(state, row={}, logged=True, begun={"heldout": heldout, "value_pretraining": pretraining})
+
+
+def train(run: JointRun, standing: Standing) -> Standing:
+    """Step after step, until all are done or an end is asked for."""
+    config, keeper = run.config, run.folder.keeper
+    prompts = prompt_batches(run.stage.prompts, config.rollout.prompts_per_step, config.run.seed)
+    prompts = islice(prompts, standing.state.step, None)
     planned = config.steps + (config.value.warmup.steps if config.value.warmup else 0)
-    with Interrupt() as interrupt, progress.stage("PPO", planned) as shown:
-        while not state.finished and not interrupt.requested:
-            step, resting = state.step + 1, state.course.warming_up
+    with run.progress.stage("PPO", planned, done=standing.state.step) as shown:
+        while True:
+            if not standing.logged:
+                standing = conclude(run, standing)
+                shown.advance(headline(standing.row))
+            keeper.boundary(run.snapshot(standing), standing.row)
+            if standing.state.finished or run.signals.requested:
+                break
+            state, row = step(run, standing.state, next(prompts))
+            standing = replace(standing, state=state, row=row, logged=False)
+            keeper.mark(run.snapshot(standing))
+    run.signals.end_if_terminating()
+    keeper.save_marked()
+    return standing
+
+
+def step(run: JointRun, state: JointState, prompts: Sequence[Prompt]) -> tuple[JointState, dict[str, float]]:
+    """Sample, score, judge, learn: one joint step, its metrics, and the state after it.
+
+    A step that meets a number that is not finite is skipped. Raises RunError after too many of them.
+    """
+    stage, config, number, clock = run.stage, run.config, state.step + 1, Clock()
+    rollouts: list[Rollout] = []
+    judged: Judged | None = None
+    try:
+        with run.signals.may_give_up():
             with clock("rollout"):
-                rollouts = stage.generator.generate(repeat(next(prompts), config.rollout.responses_per_prompt))
+                rollouts = stage.generator.generate(repeat(prompts, config.rollout.responses_per_prompt))
             with clock("score"):
                 scores = stage.reward.score(rollouts)
+                check_scores(scores, rollouts)
             with clock("evaluate"):
-                state = state.with_scores(scores)
-                judged = judge(stage, config, state, rollouts, scores)
-                if step == 1:
+                scored = state.with_scores(scores)
+                judged = judge(stage, config, scored, rollouts, scores)
+                if number == 1:
                     check_range(config, judged.batch)
-            with clock("update"):
-                state, metrics = learn(stage, config, state, judged)
-            metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
-            if step % config.save_rollouts_every == 0:
+            if number % config.save_rollouts_every == 0:
                 kept = rollouts[: config.rollouts_to_save]
-                folder.save_rollouts(f"step_{step:06d}", records(kept, judged, scores, stage.tokenizer))
-            if config.eval_every and step % config.eval_every == 0 and not state.finished:
-                heldout = evaluate_heldout(stage, config, folder, f"{step:06d}", state)
-                metrics |= {f"heldout/{name}": value for name, value in heldout.items()}
-            folder.log(step, metrics)
-            shown.advance(headline(metrics))
-            if resting and not state.course.warming_up:
-                say_end_of_warmup(config, step, metrics["value/explained_variance"], progress)
-        if interrupt.requested:
-            progress.warn(f"interrupted; the models are saved as they are after step {state.step}.")
-    heldout_after = {} if interrupt.requested else evaluate_heldout(stage, config, folder, "after", state)
-    with progress.console.status("saving the models"):
-        stage.save(folder)
+                run.folder.save_rollouts(f"step_{number:06d}", records(kept, judged, scores, stage.tokenizer))
+        with clock("update"), run.folder.keeper.updating():
+            after, metrics = learn(stage, config, scored, judged)
+    except NotFinite as fault:
+        after, metrics = state.after_fault(), {} if judged is None else judged.metrics
+        samples = unjudged(rollouts) if judged is None else records(rollouts, judged, scores, stage.tokenizer)
+        run.folder.keep_fault(number, fault, samples)
+        run.progress.warn(f"step {number} is skipped: {fault}; what it worked on is kept in faults/.")
+        if after.faults.in_a_row >= config.run.max_faults_in_a_row:
+            raise diagnosis(fault, after.faults, number) from None
+    metrics = metrics | after.faults.metrics()
+    return after, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
+
+
+def conclude(run: JointRun, standing: Standing) -> Standing:
+    """What is left of a step once the models have learnt: evaluation where it is due, and the row of metrics."""
+    config, state, row = run.config, standing.state, dict(standing.row)
+    if config.eval_every and state.step % config.eval_every == 0 and not state.finished:
+        with run.signals.may_give_up():
+            heldout = evaluate_heldout(run, f"{state.step:06d}", state)
+        row |= {f"heldout/{name}": value for name, value in heldout.items()}
+    run.folder.log(state.step, row)
+    if row.get("value/warming_up") and not state.course.warming_up:
+        say_end_of_warmup(config, state.step, row["value/explained_variance"], run.progress)
+    return replace(standing, row=row, logged=True)
+
+
+def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
+    """Measure what was reached, save the models, write the summary."""
+    stage, state, config = run.stage, standing.state, run.config
+    interrupted, heldout_after = not state.finished, dict[str, float]()
+    if interrupted:
+        run.progress.warn(
+            f"interrupted; the models are saved as they are after step {state.step}. Go on with: tandem ppo --resume "
+            f"{run.folder.path}"
+        )
+    else:
+        with run.signals.may_give_up():
+            heldout_after = evaluate_heldout(run, "after", state)
+    with run.progress.console.status("saving the models"), writing(run.folder.path):
+        stage.save(run.folder)
     summary = {
         "stage": "ppo",
-        "interrupted": interrupt.requested,
+        "interrupted": interrupted,
         "seed": config.run.seed,
         "steps": state.step,
         "warmup_steps": state.course.warmup_done,
-        "seconds": time.monotonic() - started,
+        "seconds": run.seconds,
         **machine_record(stage.placement.device),
-        "last_step": metrics,
-        "heldout": {"before": heldout_before, "after": heldout_after},
-        "value_pretraining": pretraining,
+        "last_step": standing.row,
+        "heldout": {"before": standing.begun["heldout"], "after": heldout_after},
+        "value_pretraining": standing.begun["value_pretraining"],
         "state": state.as_record(),
         "reward_models": {
             name: model.card and model.card.heldout_accuracy for name, model in stage.reward_models.items()
         },
     }
-    folder.write_summary(summary)
-    folder.close()
+    run.folder.write_summary(summary)
     return summary
 
 
@@ -128,14 +234,14 @@ def say_end_of_warmup(config: PpoConfig, steps: int, explained_variance: float, 
 
 
 def pretrain_value(
-    stage: JointStage, config: PpoConfig, state: JointState, saved: Sequence[SavedRollout], progress: Progress
+    run: JointRun, state: JointState, saved: Sequence[SavedRollout]
 ) -> tuple[JointState, dict[str, float]]:
     """Let the value model learn on rollouts that an earlier run saved; a tenth of their prompts measures the gain.
 
     Returns the state, with the moments of what those rollouts earned, and the explained variance on that tenth before
     and after.
     """
-    settings = config.value.pretraining
+    stage, config, settings = run.stage, run.config, run.config.value.pretraining
     if settings is None:
         return state, {}
     check_saved(saved, stage.models.policy.trunk, config)
@@ -143,7 +249,7 @@ def pretrain_value(
     size = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     state = state.with_scores(as_scored(saved)[1])
     before = explained_of_saved(stage, config, state, heldout)
-    with progress.stage("value model, saved rollouts", settings.epochs) as shown:
+    with run.progress.stage("value model, saved rollouts", settings.epochs) as shown:
         for _ in range(settings.epochs):
             for start in range(0, len(training), size):
                 judged = judge(stage, config, state, *as_scored(training[start : start + size]))
@@ -152,7 +258,7 @@ def pretrain_value(
                 state = replace(state, returns=learnt.returns)
             shown.advance({})
     after = explained_of_saved(stage, config, state, heldout)
-    progress.say(f"value model: explained variance on {len(heldout)} saved rollouts {before:.3f} -> {after:.3f}.")
+    run.progress.say(f"value model: explained variance on {len(heldout)} saved rollouts {before:.3f} -> {after:.3f}.")
     return state, {
         "rollouts": len(training),
         "heldout_rollouts": len(heldout),
@@ -198,24 +304,29 @@ def check_start(stage: JointStage, config: PpoConfig) -> None:
         )
 
 
-def evaluate_heldout(
-    stage: JointStage, config: PpoConfig, folder: RunFolder, name: str, state: JointState
-) -> dict[str, float]:
+def evaluate_heldout(run: JointRun, name: str, state: JointState) -> dict[str, float]:
     """Measure the models on held-out prompts, without a trace in what training will sample."""
+    stage, config = run.stage, run.config
     if not stage.heldout:
         return {}
     rollouts = stage.fresh_generator(config).generate(repeat(stage.heldout, config.eval_responses_per_prompt))
     scores = stage.reward.score(rollouts)
-    judged = judge(stage, config, state, rollouts, scores)
-    folder.save_rollouts(f"heldout_{name}", records(rollouts, judged, scores, stage.tokenizer))
+    try:
+        check_scores(scores, rollouts)
+        judged = judge(stage, config, state, rollouts, scores)
+    except NotFinite as fault:
+        run.progress.warn(f"the evaluation on held-out prompts ({name}) is left out: {fault}.")
+        return {}
+    run.folder.save_rollouts(f"heldout_{name}", records(rollouts, judged, scores, stage.tokenizer))
     return judged.metrics
 
 
-def headline(metrics: dict[str, float]) -> dict[str, float]:
-    """The few numbers that matter."""
-    return {
-        "score": metrics["objective/score"],
-        "KL": metrics["objective/kl"],
-        "explained variance": metrics["value/explained_variance"],
-        "length": metrics["rollout/length"],
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The few numbers that matter; a skipped step may not have them."""
+    names = {
+        "score": "objective/score",
+        "KL": "objective/kl",
+        "explained variance": "value/explained_variance",
+        "length": "rollout/length",
     }
+    return {short: metrics.get(name, float("nan")) for short, name in names.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem import algo
 from tandem.config import RewardConfig
-from tandem.data.examples import Answered, Pair, endless_order, read_pairs
+from tandem.data.examples import Answered, Pair, SplitRows, endless_order, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.cards import RewardCard, make_probes, write_card
 from tandem.models.loading import check_length, load_tokenizer, pick_device, pick_dtype
@@ -23,67 +23,75 @@ from tandem.models.saving import save_scalar
 from tandem.models.scalar import ScalarModel, load_body
 from tandem.models.scoring import DecoderScorer
 from tandem.run import Progress, RunFolder
-from tandem.run.folder import check_free
-from tandem.run.interrupt import Interrupt
+from tandem.run.disk import writing
+from tandem.run.lock import claimed
 from tandem.run.machine import machine_record
+from tandem.run.signals import Signals
+from tandem.run.start import start_of
+from tandem.stages.finite import check_losses
+from tandem.stages.from_data import Lesson, Training, train_from_data
 from tandem.types import whole_texts
 
 
-def run_reward(config: RewardConfig, progress: Progress) -> dict[str, Any]:
-    """Train by the recipe, save the model with its held-out accuracy and return the run's summary.
+def run_reward(config: RewardConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+    """Train by the recipe, or go on with the run that its folder holds; save the model with its held-out accuracy and
+    return the summary.
 
-    Raises InputError for what cannot be used.
+    Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
-    started = time.monotonic()
-    check_free(Path(config.run.directory))
-    torch.manual_seed(config.run.seed)
-    device = pick_device(config.compute.device)
-    tokenizer = load_tokenizer(config.model, "model")
-    rows = read_pairs(config.data, tokenizer, config.run.seed)
-    for line in rows.report():
-        progress.say(line)
-    with progress.console.status("loading the model"):
-        learner = build(config, device)
-    answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
-    check_length(learner.model.trunk.model, max(len(answer.ids) for answer in answers), "model")
-    folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
-    budget = config.compute.tokens_per_microbatch
-    steps = math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch)
-    engine = learner.engine(config)
+    started, path = time.monotonic(), Path(config.run.directory)
+    with claimed(path):
+        start = start_of(path, "reward", config, resume, progress)
+        torch.manual_seed(config.run.seed)
+        device = pick_device(config.compute.device)
+        tokenizer = load_tokenizer(config.model, "model")
+        rows = read_pairs(config.data, tokenizer, config.run.seed)
+        for line in rows.report():
+            progress.say(line)
+        with progress.console.status("loading the model"):
+            learner = build(config, device)
+        answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
+        check_length(learner.model.trunk.model, max(len(answer.ids) for answer in answers), "model")
+        lesson = make_lesson(config, learner, rows)
+        since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
+        with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
+            training = Training("reward", lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
+            with folder.keeper.safe("reward"):
+                reached = train_from_data(training, start.snapshot)
+                with progress.console.status("saving the model"), writing(folder.model):
+                    save(learner, config, tokenizer, rows.heldout or rows.train, reached.heldout, folder.model)
+                summary = {
+                    "stage": "reward",
+                    "interrupted": reached.step < lesson.steps,
+                    "seed": config.run.seed,
+                    "steps": reached.step,
+                    "train_pairs": len(rows.train),
+                    "seconds": training.seconds,
+                    **machine_record(device),
+                    "heldout_accuracy": reached.heldout.get("heldout/accuracy"),
+                    "heldout_pairs": len(rows.heldout),
+                    "last_step": reached.row,
+                }
+                folder.write_summary(summary)
+                return summary
+
+
+def make_lesson(config: RewardConfig, learner: RewardLearner, rows: SplitRows[Pair]) -> Lesson[Pair]:
+    """The pairs in a new random order for each pass, those of a prompt side by side."""
+    engine, budget = learner.engine(config), config.compute.tokens_per_microbatch
     random = torch.Generator().manual_seed(config.run.seed)
-    heldout: dict[str, float] = {}
-    order = endless_order(by_prompt(rows.train), random)
-    with Interrupt() as interrupt, progress.stage("reward model", steps) as shown:
-        for step in range(1, steps + 1):
-            pairs = [next(order) for _ in range(config.pairs_per_minibatch)]
-            engine.set_progress(step - 1, steps)
-            metrics = {"train/lr": engine.lr, **train_on(learner, pairs, engine, config)}
-            last = step == steps or interrupt.requested
-            if rows.heldout and (step % config.eval_every == 0 or last):
-                heldout = measure_heldout(learner, rows.heldout, budget)
-                metrics |= heldout
-            folder.log(step, metrics)
-            shown.advance({name.rpartition("/")[2]: metrics[name] for name in ("train/loss", "train/accuracy")})
-            if last and step < steps:
-                progress.warn(f"interrupted; the model is saved as it is after step {step}.")
-                break
-    with progress.console.status("saving the model"):
-        save(learner, config, tokenizer, rows.heldout or rows.train, heldout, folder.model, budget)
-    summary = {
-        "stage": "reward",
-        "interrupted": interrupt.requested,
-        "seed": config.run.seed,
-        "steps": step,
-        "train_pairs": len(rows.train),
-        "seconds": time.monotonic() - started,
-        **machine_record(device),
-        "heldout_accuracy": heldout.get("heldout/accuracy"),
-        "heldout_pairs": len(rows.heldout),
-        "last_step": metrics,
-    }
-    folder.write_summary(summary)
-    folder.close()
-    return summary
+    return Lesson(
+        name="reward model",
+        engine=engine,
+        order=endless_order(by_prompt(rows.train), random),
+        items_per_step=config.pairs_per_minibatch,
+        steps=math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch),
+        eval_every=config.eval_every,
+        learn=lambda pairs: train_on(learner, pairs, engine, config),
+        measure=lambda: measure_heldout(learner, rows.heldout, budget) if rows.heldout else {},
+        write_down=asdict,
+        headline=["loss", "accuracy"],
+    )
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ def train_on(
         sums.add("train/loss", loss.detach(), len(scores.chosen))
         sums.add("train/accuracy", (scores.chosen > scores.rejected).sum(), len(scores.chosen))
         sums.add("train/margin", (scores.chosen - scores.rejected).detach().sum(), len(scores.chosen))
+    check_losses(sums, engine)
     return {**sums.means(), "train/grad_norm": engine.step()}
 
 
@@ -203,13 +212,13 @@ def save(
     config: RewardConfig,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
-    heldout: dict[str, float],
+    heldout: Mapping[str, float],
     folder: Path,
-    budget: int,
 ) -> None:
     """The model, and its card."""
     save_scalar(learner.model, tokenizer, folder)
-    probes = make_probes(DecoderScorer(learner.model, budget), [pair.chosen.ids for pair in pairs[:4]])
+    scorer = DecoderScorer(learner.model, config.compute.tokens_per_microbatch)
+    probes = make_probes(scorer, [pair.chosen.ids for pair in pairs[:4]])
     card = RewardCard(
         base=config.model,
         heldout_accuracy=heldout.get("heldout/accuracy"),

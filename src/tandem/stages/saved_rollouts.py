@@ -66,6 +66,20 @@ def records(
     ]
 
 
+def unjudged(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """Samples of a step that came no further than being sampled."""
+    return [
+        {
+            "prompt": rollout.prompt.text,
+            "response": rollout.text,
+            "ended": rollout.ended,
+            "ids": list(rollout.ids),
+            "behaviour_logprobs": list(rollout.logprobs),
+        }
+        for rollout in rollouts
+    ]
+
+
 def read_saved(config: PpoConfig) -> list[SavedRollout]:
     """The rollouts that `value.pretraining` names, held-out ones left out; none where it is unset.
 

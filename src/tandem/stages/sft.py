@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,77 +14,85 @@ from torch import Tensor
 
 from tandem import algo
 from tandem.config import SftConfig
-from tandem.data.examples import Example, endless_order, read_examples
+from tandem.data.examples import Example, SplitRows, endless_order, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.loading import check_length, load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
 from tandem.models.trunk import Trunk
 from tandem.run import Progress, RunFolder
-from tandem.run.folder import check_free
-from tandem.run.interrupt import Interrupt
+from tandem.run.disk import writing
+from tandem.run.lock import claimed
 from tandem.run.machine import machine_record
+from tandem.run.signals import Signals
+from tandem.run.start import start_of
+from tandem.stages.finite import check_losses
+from tandem.stages.from_data import Lesson, Training, train_from_data
 from tandem.types import split_by_tokens, whole_texts
 
 
-def run_sft(config: SftConfig, progress: Progress) -> dict[str, Any]:
-    """Train by the recipe, save the model and return the run's summary.
+def run_sft(config: SftConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+    """Train by the recipe, or go on with the run that its folder holds; save the model and return the summary.
 
-    Raises InputError for what cannot be used.
+    Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
-    started = time.monotonic()
-    check_free(Path(config.run.directory))
-    torch.manual_seed(config.run.seed)
-    device = pick_device(config.compute.device)
-    tokenizer = load_tokenizer(config.model, "model")
-    rows = read_examples(config.data, tokenizer, config.run.seed)
-    for line in rows.report():
-        progress.say(line)
-    with progress.console.status("loading the model"):
-        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device))
-    check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
-    adapter = None if config.adapters is None else "policy"
-    if config.adapters is not None:
-        parameters = trunk.add_adapter("policy", config.adapters)
+    started, path = time.monotonic(), Path(config.run.directory)
+    with claimed(path):
+        start = start_of(path, "sft", config, resume, progress)
+        torch.manual_seed(config.run.seed)
+        device = pick_device(config.compute.device)
+        tokenizer = load_tokenizer(config.model, "model")
+        rows = read_examples(config.data, tokenizer, config.run.seed)
+        for line in rows.report():
+            progress.say(line)
+        with progress.console.status("loading the model"):
+            trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device))
+        check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
+        adapter = None if config.adapters is None else "policy"
+        lesson = make_lesson(config, trunk, adapter, rows)
+        since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
+        with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
+            training = Training("sft", lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
+            with folder.keeper.safe("sft"):
+                reached = train_from_data(training, start.snapshot)
+                with progress.console.status("saving the model"), writing(folder.model):
+                    save_policy(trunk, adapter, tokenizer, folder.model)
+                summary = {
+                    "stage": "sft",
+                    "interrupted": reached.step < lesson.steps,
+                    "seed": config.run.seed,
+                    "steps": reached.step,
+                    "train_rows": len(rows.train),
+                    "seconds": training.seconds,
+                    **machine_record(device),
+                    "heldout": {"rows": len(rows.heldout), "before": reached.before, "after": reached.heldout},
+                    "last_step": reached.row,
+                }
+                folder.write_summary(summary)
+                return summary
+
+
+def make_lesson(config: SftConfig, trunk: Trunk, adapter: str | None, rows: SplitRows[Example]) -> Lesson[Example]:
+    """What trains and on what: all weights, or an adapter, on the rows in a new random order for each pass."""
+    if config.adapters is not None and adapter is not None:
+        parameters = trunk.add_adapter(adapter, config.adapters)
     else:
         parameters = list(trunk.model.requires_grad_(True).parameters())
-    model = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter)
-    folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
-    budget = config.compute.tokens_per_microbatch
-    steps = math.ceil(config.epochs * len(rows.train) / config.sequences_per_minibatch)
+    model, budget = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter), config.compute.tokens_per_microbatch
     engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer)
-    order = endless_order([[example] for example in rows.train], torch.Generator().manual_seed(config.run.seed))
-    before = after = measure_heldout(model, rows.heldout, budget)
-    with Interrupt() as interrupt, progress.stage("SFT", steps) as shown:
-        for step in range(1, steps + 1):
-            examples = [next(order) for _ in range(config.sequences_per_minibatch)]
-            engine.set_progress(step - 1, steps)
-            metrics = {"train/lr": engine.lr, **train_on(model, examples, engine, budget)}
-            last = step == steps or interrupt.requested
-            if step % config.eval_every == 0 or last:
-                after = measure_heldout(model, rows.heldout, budget)
-                metrics |= after
-            folder.log(step, metrics)
-            shown.advance({"loss": metrics["train/loss"]})
-            if last and step < steps:
-                progress.warn(f"interrupted; the model is saved as it is after step {step}.")
-                break
-    with progress.console.status("saving the model"):
-        save_policy(trunk, adapter, tokenizer, folder.model)
-    summary = {
-        "stage": "sft",
-        "interrupted": interrupt.requested,
-        "seed": config.run.seed,
-        "steps": step,
-        "train_rows": len(rows.train),
-        "seconds": time.monotonic() - started,
-        **machine_record(device),
-        "heldout": {"rows": len(rows.heldout), "before": before, "after": after},
-        "last_step": metrics,
-    }
-    folder.write_summary(summary)
-    folder.close()
-    return summary
+    random = torch.Generator().manual_seed(config.run.seed)
+    return Lesson(
+        name="SFT",
+        engine=engine,
+        order=endless_order([[example] for example in rows.train], random),
+        items_per_step=config.sequences_per_minibatch,
+        steps=math.ceil(config.epochs * len(rows.train) / config.sequences_per_minibatch),
+        eval_every=config.eval_every,
+        learn=lambda examples: train_on(model, examples, engine, budget),
+        measure=lambda: measure_heldout(model, rows.heldout, budget),
+        write_down=asdict,
+        headline=["loss"],
+    )
 
 
 def train_on(model: CausalPolicy, examples: Sequence[Example], engine: LocalEngine, budget: int) -> dict[str, float]:
@@ -93,6 +102,7 @@ def train_on(model: CausalPolicy, examples: Sequence[Example], engine: LocalEngi
     for loss, tokens in loss_parts(model, examples, budget):
         engine.backward(loss / count)
         sums.add("train/loss", loss.detach(), tokens)
+    check_losses(sums, engine)
     return {**sums.means(), "train/tokens": count, "train/grad_norm": engine.step()}
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from tandem.algo import AdaptiveEpochs, AdaptiveKl, RunningMoments
 from tandem.config import KlSection, PpoConfig, WarmupSection
+from tandem.run.faults import Faults
 from tandem.stages.update import Course
 from tandem.types import Batch, Scores
 
@@ -16,7 +17,8 @@ RETURNS_MEMORY = 20_000.0
 
 @dataclass(frozen=True)
 class JointState:
-    """The course of the run, the adaptive KL, the moments of scores and returns, and the value model's epochs.
+    """The course of the run, the adaptive KL, the moments of scores and returns, the value model's epochs, and the
+    steps that were skipped.
 
     The moments of returns remember about the latest 20,000 tokens, so that they follow a drift of scale.
     """
@@ -27,6 +29,7 @@ class JointState:
     scores: RunningMoments
     returns: RunningMoments
     value_epochs: AdaptiveEpochs
+    faults: Faults
 
     @property
     def finished(self) -> bool:
@@ -61,15 +64,22 @@ class JointState:
             course=self._next(explained),
             kl=self.kl if resting else self.kl.after(metrics["objective/kl"], sequences),
             value_epochs=self.value_epochs.after(explained),
+            faults=self.faults.after_good_step(),
         )
 
+    def after_fault(self) -> Self:
+        """The state after a step that was skipped: it counts, and changes nothing else."""
+        return replace(self, course=self._next(float("nan")), faults=self.faults.after_fault())
+
     def as_record(self) -> dict[str, Any]:
-        """For the summary: what shaped the rewards and the updates at the end of the run."""
+        """For checkpoints and the summary: all that is not the recipe's."""
         return {
+            "course": asdict(self.course),
             "kl_coefficient": self.kl.coefficient,
             "scores": asdict(self.scores),
             "returns": asdict(self.returns),
             "value_epochs": self.value_epochs.epochs,
+            "faults": asdict(self.faults),
         }
 
     def _next(self, explained_variance: float) -> Course:
@@ -101,4 +111,20 @@ def start_state(config: PpoConfig) -> JointState:
             raise_below=adaptive.raise_below if adaptive else float("-inf"),
             lower_above=adaptive.lower_above if adaptive else float("inf"),
         ),
+        faults=Faults(),
+    )
+
+
+def restored_state(config: PpoConfig, record: Mapping[str, Any]) -> JointState:
+    """The state that `as_record` wrote down, under a recipe that may plan more steps than it did then."""
+    fresh = start_state(config)
+    epochs = min(max(record["value_epochs"], fresh.value_epochs.least), fresh.value_epochs.most)
+    return replace(
+        fresh,
+        course=Course(**{**record["course"], "total": config.steps}),
+        kl=replace(fresh.kl, coefficient=record["kl_coefficient"]) if fresh.kl.target else fresh.kl,
+        scores=RunningMoments(**record["scores"]),
+        returns=RunningMoments(**record["returns"]),
+        value_epochs=replace(fresh.value_epochs, epochs=epochs),
+        faults=Faults(**record["faults"]),
     )

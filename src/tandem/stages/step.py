@@ -11,6 +11,7 @@ from typing import Protocol
 
 from tandem.config import KlSection, PpoConfig
 from tandem.rewards.shaping import shape_scores
+from tandem.stages.finite import check_batch, check_trajectories
 from tandem.stages.joint import estimate_advantages
 from tandem.stages.measure import measure
 from tandem.stages.state import JointState
@@ -40,15 +41,23 @@ class Judged:
 
 
 def judge(models: Models, config: PpoConfig, state: JointState, rollouts: Sequence[Rollout], scores: Scores) -> Judged:
-    """Shape the scores, evaluate, estimate, measure; nothing learns."""
+    """Shape the scores, evaluate, estimate, measure; nothing learns.
+
+    Raises NotFinite where anything that would be learnt from is not finite.
+    """
     shaped = shape_scores(scores, rollouts, config.score, state.scores, config.rollout.max_new_tokens)
     trajectories, kl = models.evaluate(rollouts, shaped), state.kl_section(config.kl)
+    check_trajectories(trajectories)
     batch = estimate_advantages(trajectories, config.advantage, kl, config.policy.importance_cap)
+    check_batch(batch)
     return Judged(trajectories, batch, measure(trajectories, batch, scores, config.advantage, kl))
 
 
 def learn(models: Models, config: PpoConfig, state: JointState, judged: Judged) -> tuple[JointState, dict[str, float]]:
-    """Update the models; returns the state after the step and the step's metrics."""
+    """Update the models; returns the state after the step and the step's metrics.
+
+    Raises NotFinite where a loss or a gradient is not finite; what would have followed it is left out.
+    """
     if config.value.normalize:
         state = state.with_returns(judged.batch)
         models.rescale_values(state.returns.mean, state.returns.std)

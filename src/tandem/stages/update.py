@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tandem import algo
 from tandem.config import KlSection, PolicySection, ValueSection
+from tandem.stages.finite import check_losses
 from tandem.types import Batch, Tokens, split_by_tokens
 
 
@@ -85,7 +86,16 @@ class Engine(Protocol):
         ...
 
     def step(self) -> float:
-        """Returns the gradient's norm before clipping."""
+        """Returns the gradient's norm before clipping; raises NotFinite, with the weights as they were, for one that
+        is not finite."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and the optimiser's state by name, no copies."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
         ...
 
 
@@ -219,6 +229,7 @@ def update_policy(
 
 def finish_policy(engine: Engine, settings: PolicySection, own: algo.Sums, sums: algo.Sums) -> bool:
     """Take the optimiser's step, or leave it out where the minibatch's approximate KL is beyond what is allowed."""
+    check_losses(own, engine)
     limit, distance = settings.max_approx_kl, own.means()["policy/approx_kl"]
     go_on = limit is None or distance <= limit
     if limit is not None:
@@ -285,12 +296,14 @@ def policy_loss_sum(
 
 def update_value(value: ValueLearner, minibatch: Batch, tokens_per_microbatch: int, sums: algo.Sums) -> None:
     """One optimiser step of the value model."""
-    count = minibatch.tokens.mask.sum()
-    sums.add("value/lr", value.engine.lr, 1)
+    count, own = minibatch.tokens.mask.sum(), algo.Sums()
+    own.add("value/lr", value.engine.lr, 1)
     for part in microbatches(minibatch, tokens_per_microbatch):
         read = value.model.values if value.settings.loss == "mse" else value.model.bin_logits
-        loss = value_loss_sum(read(part.tokens), part, value.settings, value.model.scale, sums)
+        loss = value_loss_sum(read(part.tokens), part, value.settings, value.model.scale, own)
         value.engine.backward(loss / count)
+    check_losses(own, value.engine)
+    sums.merge(own)
     sums.add("value/grad_norm", value.engine.step(), 1)
     sums.add_total("value/updates", 1)
 
@@ -351,11 +364,13 @@ def update_both(
 
 def update_head(learner: SharedLearner, minibatch: Batch, tokens_per_microbatch: int, sums: algo.Sums) -> None:
     """One optimiser step of the value head alone."""
-    count = minibatch.tokens.mask.sum()
+    count, own = minibatch.tokens.mask.sum(), algo.Sums()
     for part in microbatches(minibatch, tokens_per_microbatch):
         answers = learner.model.logprobs_and_values(part.tokens, entropies=False, stop_gradient=True)[2]
-        by_value = value_loss_sum(answers, part, learner.value, learner.model.scale, sums)
+        by_value = value_loss_sum(answers, part, learner.value, learner.model.scale, own)
         learner.engine.backward(learner.value.coefficient * by_value / count)
+    check_losses(own, learner.engine)
+    sums.merge(own)
     sums.add("value/grad_norm", learner.engine.step(), 1)
     sums.add_total("value/updates", 1)
 

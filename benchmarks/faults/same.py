@@ -1,0 +1,60 @@
+"""Whether two runs are the same run, to the last bit of every number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tandem.run.folder import read_metrics
+
+_CLOCKED = ("time/", "throughput/", "seconds", "peak_memory_gib")
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs in metrics, summary, samples and saved models of two finished runs, but for the clock."""
+    return [*_of_content(one, other), *_of_samples(one, other), *_of_models(one, other)]
+
+
+def timeless(tree: Any) -> Any:
+    """What a run wrote, without what depends on the clock."""
+    if isinstance(tree, dict):
+        return {name: timeless(value) for name, value in tree.items() if not name.startswith(_CLOCKED)}
+    return [timeless(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _of_content(one: Path, other: Path) -> Iterator[str]:
+    if timeless(read_metrics(one)) != timeless(read_metrics(other)):
+        yield "metrics.jsonl"
+    summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (one, other)]
+    if timeless(summaries[0]) != timeless(summaries[1]):
+        yield "summary.json"
+
+
+def _of_samples(one: Path, other: Path) -> Iterator[str]:
+    for name in sorted(_names(one, "rollouts/*.jsonl") | _names(other, "rollouts/*.jsonl")):
+        paths = one / name, other / name
+        if not all(path.is_file() for path in paths) or paths[0].read_bytes() != paths[1].read_bytes():
+            yield name
+
+
+def _of_models(one: Path, other: Path) -> Iterator[str]:
+    names = _names(one, "*model/*.safetensors") | _names(other, "*model/*.safetensors")
+    if not names:
+        yield "no model"
+    for name in sorted(names):
+        if not (one / name).is_file() or not (other / name).is_file() or not _same_tensors(one / name, other / name):
+            yield name
+
+
+def _same_tensors(one: Path, other: Path) -> bool:
+    mine, theirs = load_file(one), load_file(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def _names(run: Path, pattern: str) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.glob(pattern)}

@@ -1,0 +1,176 @@
+"""When a run's state is saved, what of it is kept, and what there is to go back to."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tandem.config import CheckpointSection
+from tandem.errors import InputError, Interrupted, RunError
+from tandem.run.checkpoints import Kept, Snapshot, kept_checkpoints, write_checkpoint
+from tandem.run.signals import Terminated
+
+SLOW_UPDATE_SECONDS = 10.0
+
+
+class Keeper:
+    """Saves snapshots of a run when they are due, in a thread of its own, and removes those that are too many.
+
+    `sync` puts on disk whatever else must be there before a checkpoint is, so that no power cut can leave a checkpoint
+    that is ahead of the run's metrics.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSection, sync: Callable[[], None]) -> None:
+        self._folder, self._settings, self._sync = folder, settings, sync
+        self._kept = kept_checkpoints(folder)
+        self._saved_at, self._saved_step = time.monotonic(), self._kept[-1].step if self._kept else 0
+        self._marked: Snapshot | None = None
+        self._update_seconds = float("inf")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Kept] | None = None
+
+    def boundary(self, snapshot: Snapshot, metrics: Mapping[str, float]) -> None:
+        """Between two steps: remember the state to go back to, and save it where that is due.
+
+        Raises RunError where the disk does not take a checkpoint.
+        """
+        self._marked = snapshot
+        best = self._if_best(metrics)
+        if snapshot.step > self._saved_step and (best is not None or self._due(snapshot.step)):
+            self._save(snapshot, best)
+
+    def mark(self, snapshot: Snapshot) -> None:
+        """Remember a state to go back to."""
+        self._marked = snapshot
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """While weights change there is nothing to go back to but the last checkpoint, or a copy.
+
+        A copy is made where the update may outlast the time that a SIGTERM leaves, as far as the last one tells.
+        """
+        slow = self._update_seconds > SLOW_UPDATE_SECONDS and self._settings.spare_copy
+        self._marked = self._marked.copied() if self._marked is not None and slow else None
+        began = time.monotonic()
+        yield
+        self._update_seconds = time.monotonic() - began
+
+    @contextmanager
+    def safe(self, stage: str) -> Iterator[None]:
+        """Whatever ends the run in it, the state to go back to is saved first, and the person is told.
+
+        Raises Interrupted for SIGTERM; an error goes on its way, a RunError with how to go on.
+        """
+        try:
+            yield
+        except Terminated:
+            self.save_marked()
+            raise Interrupted(f"ended by SIGTERM. {self._way_back(stage)}") from None
+        except RunError as error:
+            with suppress(RunError):
+                self.save_marked()
+            raise RunError(f"{error} {self._way_back(stage)}") from error
+        except Exception:
+            with suppress(RunError):
+                self.save_marked()
+            raise
+
+    def _way_back(self, stage: str) -> str:
+        again = f"tandem {stage} --resume {self._folder.parent}"
+        if self._saved_step == 0:
+            return f"No step is saved yet; begin again with: {again}"
+        return f"The state after step {self._saved_step} is saved; go on with: {again}"
+
+    def save_marked(self) -> None:
+        """Save the state to go back to, if there is one, and wait until it is on disk.
+
+        Raises RunError where the disk does not take it.
+        """
+        if self._marked is not None and self._marked.step > self._saved_step:
+            self._save(self._marked, None)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until everything that was saved is on disk. Raises RunError where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            self._kept = [*(one for one in self._kept if one.path.exists()), writing.result()]
+        except OSError as error:
+            failed, self._saved_step = self._saved_step, self._kept[-1].step if self._kept else 0
+            shutil.rmtree(self._folder / f".partial_step_{failed:06d}", ignore_errors=True)
+            raise RunError(
+                f"the checkpoint of step {failed} could not be written to {self._folder}: {error.strerror}; "
+                f"{_remedy(error)}."
+            ) from error
+        self._prune()
+
+    def close(self) -> None:
+        """Let the writing thread end."""
+        self._writer.shutdown()
+
+    def check_space(self, snapshot: Snapshot) -> None:
+        """Raises InputError where the disk has no room for the checkpoints that the run will write."""
+        copies = self._settings.keep + 1 + (self._settings.best_metric is not None)
+        # An optimiser that has not stepped has no moments yet; AdamW has two for each weight.
+        weights = sum(tensor.nbytes for name, tensor in snapshot.tensors.items() if name.endswith(".weight"))
+        needed = 3 * weights * copies - sum(_bytes(one.path) for one in self._kept)
+        free = shutil.disk_usage(self._folder.parent).free
+        if free < needed:
+            raise InputError(
+                f"{self._folder.parent} has {free / 2**30:.2f} GiB free, and {copies} checkpoints at a time need about "
+                f"{needed / 2**30:.2f} GiB; make room, choose another run.directory, or lower checkpoints.keep."
+            )
+
+    def _due(self, step: int) -> bool:
+        every = self._settings.every_steps
+        waited = time.monotonic() - self._saved_at
+        return (every is not None and step % every == 0) or waited >= 60 * self._settings.every_minutes
+
+    def _if_best(self, metrics: Mapping[str, float]) -> float | None:
+        """The metric that checkpoints are kept for, where it was measured now and is better than ever."""
+        value = metrics.get(self._settings.best_metric or "")
+        if value is None:
+            return None
+        self.wait()
+        before = [one.metric for one in self._kept if one.metric is not None]
+        return value if all(self._better(value, other) for other in before) else None
+
+    def _better(self, one: float, other: float) -> bool:
+        return one > other if self._settings.best_is == "highest" else one < other
+
+    def _save(self, snapshot: Snapshot, metric: float | None) -> None:
+        self.wait()
+        self._saved_at, self._saved_step = time.monotonic(), snapshot.step
+        own = snapshot.copied()
+        self._writing = self._writer.submit(self._write, own, metric)
+
+    def _write(self, snapshot: Snapshot, metric: float | None) -> Kept:
+        self._folder.mkdir(exist_ok=True)
+        self._sync()
+        return write_checkpoint(self._folder, snapshot, metric)
+
+    def _prune(self) -> None:
+        newest = sorted(self._kept, key=lambda one: one.step)[-self._settings.keep :]
+        measured = [one for one in self._kept if one.metric is not None]
+        pick = max if self._settings.best_is == "highest" else min
+        best = [pick(measured, key=lambda one: one.metric or 0.0)] if measured and self._settings.best_metric else []
+        for one in self._kept:
+            if one not in newest and one not in best:
+                shutil.rmtree(one.path, ignore_errors=True)
+        self._kept = [one for one in self._kept if one in newest or one in best]
+
+
+def _remedy(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "make room on the disk, or lower checkpoints.keep" if full else "see to it that the folder can be written"
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

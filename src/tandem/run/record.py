@@ -1,0 +1,106 @@
+"""What a run began with: its stage, its inputs and the versions, so that going on with anything else is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import BaseModel
+
+import tandem
+from tandem.errors import InputError
+
+RECORD = "run.json"
+_INPUTS = {"model", "function", "train", "eval", "prompts", "eval_prompts", "rollouts"}
+_WHOLE = 2**26
+_EDGE = 2**20
+
+
+def record_of(stage: str, config: BaseModel) -> dict[str, Any]:
+    """What `run.json` holds; `identity` is what trackers know the run by."""
+    identity = secrets.token_hex(4)
+    return {
+        "stage": stage,
+        "identity": identity,
+        "inputs": dict(_fingerprints(config.model_dump())),
+        "made_with": made_with(),
+    }
+
+
+def made_with() -> dict[str, Any]:
+    """What, besides the recipe, decides the last bit of every number."""
+    return {
+        "tandem": tandem.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Raises InputError where the folder holds no run."""
+    try:
+        return dict(json.loads((path / RECORD).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"--resume {path}: the folder holds no run (it has no {RECORD}).") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume {path}: {RECORD} cannot be read: {error}.") from error
+
+
+def check_inputs(path: Path, record: Mapping[str, Any], config: BaseModel) -> None:
+    """Raises InputError where a model or a data file is not what the run began with."""
+    now = dict(_fingerprints(config.model_dump()))
+    for name, found in now.items():
+        before = record["inputs"].get(name)
+        if before is not None and before["source"] == found["source"] and before["sha256"] != found["sha256"]:
+            raise InputError(
+                f"--resume {path}: {name} = {found['source']!r} has changed since the run began, and going on would "
+                "mix two runs; put it back as it was, or start a new run."
+            )
+
+
+def differences(record: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when the run began, and lets the last bits of its numbers differ."""
+    now = made_with()
+    return [f"{name} {was} -> {now[name]}" for name, was in record["made_with"].items() if now.get(name) != was]
+
+
+def _fingerprints(tree: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, str]]]:
+    """Every local model, data file and reward function of a configuration, by its dotted name."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    for name, value in items:
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping | list):
+            yield from _fingerprints(value, f"{dotted}.")
+        elif name in _INPUTS and isinstance(value, str):
+            path = Path(value.rpartition(":")[0] if name == "function" else value).expanduser()
+            if path.exists() and str(path) != ".":
+                yield dotted, {"source": value, "sha256": _fingerprint(path)}
+
+
+def _fingerprint(path: Path) -> str:
+    """SHA-256 over names, sizes and content; of a file beyond 64 MiB its first and last MiB."""
+    total = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            total.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())
+            total.update(_content(file))
+    return total.hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        if size <= _WHOLE:
+            return hashlib.file_digest(content, "sha256").digest()
+        first = content.read(_EDGE)
+        content.seek(size - _EDGE)
+        return hashlib.sha256(first + content.read(_EDGE)).digest()

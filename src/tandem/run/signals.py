@@ -1,0 +1,80 @@
+"""Ctrl-C and SIGTERM: what is at hand is finished or given up, and the run's state is saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+
+class Terminated(BaseException):
+    """SIGTERM came, and what is at hand is given up for it."""
+
+
+class Signals:
+    """Within it, a first Ctrl-C only sets `requested`; a second one stops at once, by KeyboardInterrupt.
+
+    SIGTERM, which is followed by an end that nobody can refuse, sets `requested` and `terminating`. Work that can be
+    done again exactly, marked by `may_give_up`, is given up for it by raising `Terminated`; other work has
+    `grace_seconds` to end by itself, and then it is given up too.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.requested = False
+        self.terminating = False
+        self._grace = grace_seconds
+        self._may_give_up = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            handlers = {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_terminate}
+            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.terminating:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def end_if_terminating(self) -> None:
+        """Between two pieces of work: raises Terminated where SIGTERM has come."""
+        if self.terminating:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise Terminated
+
+    @contextmanager
+    def may_give_up(self) -> Iterator[None]:
+        """Work that leaves no trace until it ends, so that it can be given up at any moment."""
+        self.end_if_terminating()
+        self._may_give_up = True
+        try:
+            yield
+        finally:
+            self._may_give_up = False
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.terminating:
+            return
+        self.requested = self.terminating = True
+        if self._may_give_up:
+            raise Terminated
+        signal.signal(signal.SIGALRM, self._on_time_up)
+        signal.setitimer(signal.ITIMER_REAL, self._grace)
+
+    def _on_time_up(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise Terminated

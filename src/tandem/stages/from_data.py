@@ -1,0 +1,170 @@
+"""Training one model from data: the loop that supervised fine-tuning and the reward model have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from tandem.engine.local import LocalEngine
+from tandem.errors import NotFinite
+from tandem.run import Progress, RunFolder
+from tandem.run.checkpoints import Snapshot
+from tandem.run.faults import Faults, diagnosis
+from tandem.run.random_state import random_numbers, random_tensors, restore_random
+from tandem.run.signals import Signals
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Lesson(Generic[Item]):
+    """What is learnt: from which items, how, and how it is measured.
+
+    `order` gives items for ever, the same every time; `learn` takes one optimiser step on a minibatch and returns its
+    metrics; `measure` returns metrics on held-out rows; `write_down` is what is kept of an item whose step is skipped.
+    """
+
+    name: str
+    engine: LocalEngine
+    order: Iterator[Item]
+    items_per_step: int
+    steps: int
+    eval_every: int
+    learn: Callable[[Sequence[Item]], dict[str, float]]
+    measure: Callable[[], dict[str, float]]
+    write_down: Callable[[Item], Mapping[str, Any]]
+    headline: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far training has come: the latest step with its metrics, whether they are written down already, the latest
+    held-out metrics and those before the first step, and the steps that were skipped."""
+
+    step: int
+    row: Mapping[str, float]
+    logged: bool
+    before: Mapping[str, float]
+    heldout: Mapping[str, float]
+    faults: Faults
+
+
+@dataclass(frozen=True)
+class Training(Generic[Item]):
+    """A lesson on its way; `stage` is the command's name for it.
+
+    `since` is when it would have begun had it run in one piece, on the monotonic clock.
+    """
+
+    stage: str
+    lesson: Lesson[Item]
+    folder: RunFolder
+    signals: Signals
+    progress: Progress
+    max_faults_in_a_row: int
+    since: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+    def snapshot(self, standing: Standing) -> Snapshot:
+        """All that is needed to go on exactly."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.lesson.engine.state().items()}
+        tensors |= {f"process/{name}": tensor for name, tensor in random_tensors().items()}
+        state = {
+            "row": standing.row,
+            "logged": standing.logged,
+            "before": standing.before,
+            "heldout": standing.heldout,
+            "faults": [standing.faults.total, standing.faults.in_a_row],
+            "random": random_numbers(),
+            "seconds": self.seconds,
+            "metrics_bytes": self.folder.metrics_bytes,
+        }
+        return Snapshot(standing.step, tensors, state)
+
+
+def train_from_data(training: Training[Item], snapshot: Snapshot | None) -> Standing:
+    """Step after step, from the first or from a snapshot, until all are done or an end is asked for.
+
+    Raises RunError after too many steps in a row that were skipped for numbers that are not finite.
+    """
+    lesson, keeper, signals = training.lesson, training.folder.keeper, training.signals
+    standing = begin(training) if snapshot is None else take_up(lesson, snapshot)
+    keeper.check_space(training.snapshot(standing))
+    items = islice(lesson.order, standing.step * lesson.items_per_step, None)
+    with training.progress.stage(lesson.name, lesson.steps, done=standing.step) as shown:
+        while True:
+            if not standing.logged:
+                standing = conclude(training, standing)
+                short = {name: standing.row.get(f"train/{name}", float("nan")) for name in lesson.headline}
+                shown.advance(short)
+            keeper.boundary(training.snapshot(standing), standing.row)
+            if standing.step >= lesson.steps or signals.requested:
+                break
+            standing = step(training, standing, list(islice(items, lesson.items_per_step)))
+            keeper.mark(training.snapshot(standing))
+    signals.end_if_terminating()
+    keeper.save_marked()
+    return standing if standing.step == lesson.steps else interrupted(training, standing)
+
+
+def begin(training: Training[Item]) -> Standing:
+    with training.signals.may_give_up():
+        heldout = training.lesson.measure()
+    return Standing(0, row={}, logged=True, before=heldout, heldout=heldout, faults=Faults())
+
+
+def take_up(lesson: Lesson[Item], snapshot: Snapshot) -> Standing:
+    """Bring a model that was just loaded to where the snapshot was taken. Raises InputError for another model's."""
+
+    def under(group: str) -> dict[str, Any]:
+        names = (name for name in snapshot.tensors if name.startswith(group))
+        return {name.removeprefix(group): snapshot.tensors[name] for name in names}
+
+    state = snapshot.state
+    lesson.engine.load_state(under("model/"))
+    restore_random(under("process/"), state["random"])
+    faults = Faults(*state["faults"])
+    return Standing(snapshot.step, state["row"], state["logged"], state["before"], state["heldout"], faults)
+
+
+def step(training: Training[Item], standing: Standing, items: Sequence[Item]) -> Standing:
+    """One optimiser step, skipped where a number is not finite."""
+    lesson, number, faults = training.lesson, standing.step + 1, standing.faults.after_good_step()
+    lesson.engine.set_progress(standing.step, lesson.steps)
+    metrics = {"train/lr": lesson.engine.lr}
+    try:
+        with training.folder.keeper.updating():
+            metrics |= lesson.learn(items)
+    except NotFinite as fault:
+        faults = standing.faults.after_fault()
+        training.folder.keep_fault(number, fault, [lesson.write_down(item) for item in items])
+        training.progress.warn(f"step {number} is skipped: {fault}; what it worked on is kept in faults/.")
+        if faults.in_a_row >= training.max_faults_in_a_row:
+            raise diagnosis(fault, faults, number) from None
+    return replace(standing, step=number, row=metrics | faults.metrics(), logged=False, faults=faults)
+
+
+def conclude(training: Training[Item], standing: Standing) -> Standing:
+    """Evaluate where that is due, and write the row of metrics down."""
+    lesson, heldout, row = training.lesson, standing.heldout, dict(standing.row)
+    if standing.step % lesson.eval_every == 0 or standing.step == lesson.steps:
+        with training.signals.may_give_up():
+            heldout = lesson.measure()
+        row |= heldout
+    training.folder.log(standing.step, row)
+    return replace(standing, row=row, logged=True, heldout=heldout)
+
+
+def interrupted(training: Training[Item], standing: Standing) -> Standing:
+    """Tell the person how to go on, and measure the model as it is."""
+    training.progress.warn(
+        f"interrupted; the model is saved as it is after step {standing.step}. Go on with: tandem {training.stage} "
+        f"--resume {training.folder.path}"
+    )
+    return replace(standing, heldout=training.lesson.measure())
