@@ -22,6 +22,7 @@ from tandem.run.machine import machine_record
 from tandem.stages.joint import in_parts
 from tandem.stages.joint_setup import JointStage, build
 from tandem.stages.saved_rollouts import SavedRollout, as_scored, check_saved, read_saved, records, split_by_prompt
+from tandem.stages.scoring import skipped_metric, try_rewards, with_scores_only
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import judge, learn
 from tandem.types import Batch, Prompt, pad_tokens
@@ -49,9 +50,12 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
         while not state.finished and not interrupt.requested:
             step, resting = state.step + 1, state.course.warming_up
             with clock("rollout"):
-                rollouts = stage.generator.generate(repeat(next(prompts), config.rollout.responses_per_prompt))
+                sampled = stage.generator.generate(repeat(next(prompts), config.rollout.responses_per_prompt))
             with clock("score"):
-                scores = stage.reward.score(rollouts)
+                all_scores = stage.reward.score(sampled)
+                rollouts, scores, skipped = with_scores_only(sampled, all_scores)
+            if skipped and not metrics.get("reward/skipped"):
+                progress.warn(f"step {step}: {skipped} of {len(sampled)} samples have no score; {all_scores.fault}.")
             with clock("evaluate"):
                 state = state.with_scores(scores)
                 judged = judge(stage, config, state, rollouts, scores)
@@ -59,7 +63,8 @@ def run_ppo(config: PpoConfig, progress: Progress) -> dict[str, Any]:
                     check_range(config, judged.batch)
             with clock("update"):
                 state, metrics = learn(stage, config, state, judged)
-            metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
+            metrics |= skipped_metric(config.rewards, skipped)
+            metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in sampled))
             if step % config.save_rollouts_every == 0:
                 kept = rollouts[: config.rollouts_to_save]
                 folder.save_rollouts(f"step_{step:06d}", records(kept, judged, scores, stage.tokenizer))
@@ -173,12 +178,13 @@ def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
 def check_start(stage: JointStage, config: PpoConfig) -> None:
     """The generator's log-probabilities must be those that train, and the reward must answer as it should.
 
-    Raises RunError where they differ by more than 1e-4 nats a token in float32, or 0.1 on average in bfloat16.
+    Raises InputError where the reward does not, and RunError where log-probabilities differ by more than 1e-4 nats a
+    token in float32, or 0.1 on average in bfloat16.
     """
     prompts = sorted(stage.prompts, key=lambda prompt: len(prompt.ids))
     chosen = [prompts[0], prompts[len(prompts) // 2], prompts[-1]]
     rollouts = stage.fresh_generator(config).generate(chosen)
-    stage.reward.score(rollouts)
+    try_rewards(stage.reward, rollouts)
     tokens = pad_tokens([rollout.prompt.ids for rollout in rollouts], [rollout.ids for rollout in rollouts])
     with torch.no_grad():
         policy, budget = stage.models.policy, config.compute.tokens_per_microbatch
@@ -204,11 +210,11 @@ def evaluate_heldout(
     """Measure the models on held-out prompts, without a trace in what training will sample."""
     if not stage.heldout:
         return {}
-    rollouts = stage.fresh_generator(config).generate(repeat(stage.heldout, config.eval_responses_per_prompt))
-    scores = stage.reward.score(rollouts)
+    sampled = stage.fresh_generator(config).generate(repeat(stage.heldout, config.eval_responses_per_prompt))
+    rollouts, scores, skipped = with_scores_only(sampled, stage.reward.score(sampled))
     judged = judge(stage, config, state, rollouts, scores)
     folder.save_rollouts(f"heldout_{name}", records(rollouts, judged, scores, stage.tokenizer))
-    return judged.metrics
+    return judged.metrics | skipped_metric(config.rewards, skipped)
 
 
 def headline(metrics: dict[str, float]) -> dict[str, float]:
