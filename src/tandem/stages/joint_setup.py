@@ -21,6 +21,7 @@ from tandem.models.sharing import JointModels, Placement, RewardModel, build_joi
 from tandem.rewards.composition import Term, WeightedSum
 from tandem.rewards.function import FunctionReward, RewardFunction, load_function
 from tandem.rewards.model import ModelReward
+from tandem.rewards.remote import RemoteReward
 from tandem.rollout import Generator, TorchGenerator
 from tandem.run import Progress, RunFolder
 from tandem.stages.joint import evaluate
@@ -111,9 +112,10 @@ def reward_terms(
             model = models[source.model]
             scored = ModelReward(model.scorer, model.tokenizer, source.model, model.context, source.on_error)
             terms[name] = Term(scored, source.weight)
-        else:
-            assert source.function is not None
+        elif source.function is not None:
             terms[name] = Term(FunctionReward(functions[source.function], source, decoder(tokenizer)), source.weight)
+        else:
+            terms[name] = Term(RemoteReward(source, decoder(tokenizer)), source.weight)
     return terms
 
 
