@@ -81,6 +81,16 @@ def test_resolved_configuration_reads_back_the_same():
         (["--sharing.head_gradient=stop"], ["leave it out"]),
         (["--policy.dual_clip=1.0"], ["policy.dual_clip", "greater than 1"]),
         (["--preset=boook"], ["preset = 'boook'"]),
+        (["--rewards.0.url=http://h/"], ["either model or function or url"]),
+        (["--rewards.1.weight=1.0"], ["rewards.1", "either model or function or url"]),
+        (["--rewards.1.url=localhost:80"], ["rewards.1.url", "'localhost:80' is no address of a server"]),
+        (["--rewards.1.url=http://"], ["rewards.1.url", "no address"]),
+        (["--rewards.1.url=http://h:x/"], ["rewards.1.url", "no address"]),
+        (["--rewards.0.timeout_seconds=5.0"], ["rewards.0.timeout_seconds has no effect", "function or a url"]),
+        (["--rewards.1.function=f.py:g", "--rewards.1.retries=5"], ["rewards.1.retries has no effect", "for a url"]),
+        (["--rewards.1.function=f.py:g", "--rewards.1.samples_per_request=5"], ["rewards.1.samples_per_request"]),
+        (["--rewards.1.function=f.py:g", "--rewards.1.requests_at_once=5"], ["rewards.1.requests_at_once"]),
+        (["--rewards.1.function=f.py:g", "--rewards.1.on_error=ignore"], ["rewards.1.on_error", "'fail' or 'skip'"]),
     ],
 )
 def test_what_is_refused_is_named(words, said):
@@ -88,6 +98,15 @@ def test_what_is_refused_is_named(words, said):
         load_config(PpoConfig, None, [*SMALLEST, *words])
     for part in said:
         assert part in str(refusal.value)
+
+
+def test_settings_that_act_on_their_reward_are_accepted():
+    words = ["--rewards.1.url=https://h:8/p", "--rewards.1.retries=0", "--rewards.1.timeout_seconds=2.5"]
+    words += ["--rewards.2.function=f.py:g", "--rewards.2.timeout_seconds=9", "--rewards.0.on_error=skip"]
+    config = load_config(PpoConfig, None, [*SMALLEST, *words])
+    assert config.rewards[1].retries == 0
+    assert config.rewards[2].timeout_seconds == 9.0
+    assert config.rewards[0].on_error == "skip"
 
 
 def test_missing_keys_are_named_all_at_once():

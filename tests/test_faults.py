@@ -109,6 +109,28 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tiny, tmp_path, monkeypatch
     assert finite_models(tmp_path / "ppo")
 
 
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_a_reward_that_is_not_finite_skips_the_step(tiny, tmp_path, bad):
+    body = f"globals()['n'] = globals().get('n', 0) + 1; return [float('{bad}') if n == 3 else 1.0 for r in responses]"
+    assert main([*ppo_words(tmp_path, tiny()), *with_function(tmp_path, body), "--steps=4"]) == 0
+    rows = read_metrics(tmp_path / "ppo")
+    assert [row.get("fault/skipped", 0.0) for row in rows] == [0.0, 1.0, 0.0, 0.0]
+    assert "policy/loss" not in rows[1]
+    assert finite_models(tmp_path / "ppo")
+
+
+def test_too_many_in_a_row_end_the_run_with_a_diagnosis(tiny, tmp_path, capsys):
+    body = "globals()['n'] = globals().get('n', 0) + 1; return [float('nan') if n > 3 else 1.0 for r in responses]"
+    words = [*ppo_words(tmp_path, tiny()), *with_function(tmp_path, body), "--steps=20", "--run.max_faults_in_a_row=2"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    for part in ("2 steps in a row", "the reward 'reward'", "Mend the reward", "faults/", "tandem ppo --resume"):
+        assert part in said
+    assert "Traceback" not in said
+    assert len(read_metrics(tmp_path / "ppo")) == 3
+    assert list((tmp_path / "ppo" / "checkpoints").glob("step_000003"))
+
+
 def test_a_held_out_evaluation_that_meets_one_is_left_out(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ScalarModel, "values", bad_at(ScalarModel.values, 1, nan))
     words = [*ppo_words(tmp_path, tiny()), *with_function(tmp_path)]

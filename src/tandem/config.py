@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tandem.consistency import impossible, without_effect
 
@@ -351,20 +352,47 @@ class ValueSection(OptimizerSection):
 
 
 class RewardSource(Section):
-    """One term of the reward: a model or a Python function, times its weight."""
+    """One term of the reward: a model, a Python function or a server, times its weight."""
 
     model: str | None = Field(None, description="directory or hub id of a one-label sequence classifier")
     function: str | None = Field(None, description="module:function or path/to/file.py:function")
+    url: str | None = Field(None, description="http(s) address of a reward server (docs/remote-rewards.md)")
     weight: float = Field(1.0, description="multiplies the term")
     center: bool = Field(
         False, description="take off the mean score of responses that the reference gave before training"
     )
+    timeout_seconds: Positive = Field(
+        60.0, description="longest that one call of a function, or one request to a server, may take"
+    )
+    retries: int = Field(4, ge=0, description="further tries of a request that the server did not answer well")
+    samples_per_request: Count = Field(32, description="most samples in one request to a server")
+    requests_at_once: Count = Field(4, description="most requests to a server that are on their way together")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail",
+        description="fail: a sample that gets no score ends the run. skip: it is left out of its step and counted in "
+        "reward/skipped; so is one whose score is not finite",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _web_address(cls, url: str | None) -> str | None:
+        if url is not None and not _is_web_address(url):
+            raise ValueError(f"{url!r} is no address of a server; give http://host:port/path or https://...")
+        return url
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
-        if (self.model is None) == (self.function is None):
-            raise ValueError("give either model or function")
+        if sum(given is not None for given in (self.model, self.function, self.url)) != 1:
+            raise ValueError("give either model or function or url, and one of them only")
         return self
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 class SharingSection(Section):

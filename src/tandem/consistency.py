@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.config import PpoConfig, Section
+    from tandem.config import PpoConfig, RewardSource, Section
+
+# Whether it applies, the section and its name, the fields that it concerns, and why they have no effect.
+Idle = tuple[bool, "Section", str, list[str], str]
 
 
 def impossible(config: PpoConfig) -> Iterator[str]:
@@ -69,7 +72,7 @@ def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str
     """Settings that were changed from their defaults, or their preset's, and change nothing, each with why."""
     head, loss = config.sharing.mode == "head", config.policy.loss
     advantage = config.advantage
-    idle: list[tuple[bool, Section, str, list[str], str]] = [
+    idle: list[Idle] = [
         (
             head,
             config.value,
@@ -116,9 +119,17 @@ def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str
             "no reward asks for center",
         ),
         (config.kl.target is None, config.kl, "kl", ["horizon"], "it needs kl.target"),
+        *_idle_in_rewards(config.rewards),
     ]
     for applies, section, name, fields, why in idle:
         for field in fields:
             default = preset.get(name, {}).get(field, type(section).model_fields[field].default)
             if applies and getattr(section, field) != default:
                 yield f"{name}.{field} has no effect here: {why}; leave it out"
+
+
+def _idle_in_rewards(sources: Sequence[RewardSource]) -> Iterator[Idle]:
+    for index, source in enumerate(sources):
+        name, of_requests = f"rewards.{index}", ["retries", "samples_per_request", "requests_at_once"]
+        yield source.model is not None, source, name, ["timeout_seconds"], "it is for a function or a url"
+        yield source.url is None, source, name, of_requests, "it is for a url"

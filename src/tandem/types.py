@@ -58,16 +58,34 @@ class Scores:
 
     `total` [B] is paid at the last response token; `process` [B, T], where there is such a thing, at the tokens
     that earned it; `parts` [B] each, what every term gave in all, are for people to read.
+
+    Rows in `missing` have no score, and `fault` says why the first of them has none. Their totals are NaN, and so is
+    the part of every term that did not answer.
     """
 
     total: Tensor
     parts: Mapping[str, Tensor]
     process: Tensor | None = None
+    missing: frozenset[int] = frozenset()
+    fault: str | None = None
 
     @property
     def whole(self) -> Tensor:
         """[B] all that a response earned."""
         return self.total if self.process is None else self.total + self.process.sum(1)
+
+    def select(self, rows: Tensor) -> Self:
+        """The given rows; `process` keeps its width."""
+        kept = [int(row) in self.missing for row in rows]
+        missing = frozenset(row for row, is_missing in enumerate(kept) if is_missing)
+        return replace(
+            self,
+            total=self.total[rows],
+            parts={name: part[rows] for name, part in self.parts.items()},
+            process=None if self.process is None else self.process[rows],
+            missing=missing,
+            fault=self.fault if missing else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import bisect
 import importlib
 import importlib.util
-import math
-import operator
+import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tandem.errors import InputError
+from tandem.config import RewardSource
+from tandem.errors import InputError, RewardError
+from tandem.rewards.answers import AnswerReader, Decode
 from tandem.rewards.composition import Earned
+from tandem.rewards.faults import Fault, sample, shown
+from tandem.rewards.time_limit import OutOfTime, time_limit
 from tandem.types import Rollout
 
 ProcessRewards = Sequence[tuple[int, float]]
 RewardFunction = Callable[
     [Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float] | Sequence[ProcessRewards]
 ]
+ONE_EACH = "it must return one answer for each response, in their order"
+LATE_IN_A_ROW = 3
 
 
 def load_function(name: str) -> RewardFunction:
@@ -58,77 +62,76 @@ def _import_file(path: Path) -> Any:
     return module
 
 
+@dataclass(frozen=True)
+class Late(Fault):
+    """A call that was stopped for taking too long."""
+
+
 class FunctionReward:
     """Calls `function(prompts, responses, rows)` with the prompts as the policy read them, the responses without
-    special tokens, and every column of the prompts' rows.
-
-    It answers with a number for each response, or with a list of (end, reward) pairs for each: process rewards,
-    each paid at the token that completes the first `end` characters of the response.
+    special tokens, and every column of the prompts' rows; what it may answer stands in `answers.py`.
     """
 
-    def __init__(
-        self, function: RewardFunction, name: str, decode: Callable[[Sequence[int], Sequence[int]], str]
-    ) -> None:
+    def __init__(self, function: RewardFunction, source: RewardSource, decode: Decode) -> None:
         self._function = function
-        self.name = name
-        self._decode = decode
+        self._seconds = source.timeout_seconds
+        self._reader = AnswerReader(f"reward function {source.function!r}", decode, source.on_error)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Earned:
-        """Raises InputError where the function raises or does not return what it should, one a rollout."""
+        """Where a call for all responses goes wrong, each is tried by itself, so that those to blame are known.
+
+        Raises RewardError where a response gets no score, unless those are to be skipped; and where the function
+        answers for each response alone but not for all together.
+        """
+        answers = self._ask(rollouts)
+        if not isinstance(answers, Fault):
+            return self._reader.earned(answers, rollouts)
+        alone = self._one_by_one(rollouts) if len(rollouts) > 1 else [answers]
+        earned = self._reader.earned(alone, rollouts)
+        if not self._reader.skips:
+            raise RewardError(
+                f"{self._reader.name} {answers.found}, though it answers for each of the {len(rollouts)} responses "
+                f"alone, the first of them {sample(rollouts[0])}; {answers.allowed}."
+            ) from answers.cause
+        return earned
+
+    def _ask(self, rollouts: Sequence[Rollout]) -> list[Any] | Fault:
+        """An answer for each of the rollouts, or why the call gave none."""
         try:
-            answers = list(
-                self._function(
+            with time_limit(self._seconds):
+                returned = self._function(
                     [rollout.prompt.text for rollout in rollouts],
                     [rollout.text for rollout in rollouts],
                     [rollout.prompt.row for rollout in rollouts],
                 )
-            )
-        except Exception as error:
-            raise InputError(f"reward function {self.name!r} raised {error!r}.") from error
+                if isinstance(returned, str | bytes | Mapping | set | frozenset):
+                    return Fault(f"returned a {type(returned).__name__}, {shown(returned)},", ONE_EACH)
+                if not hasattr(returned, "__iter__"):
+                    return Fault(f"returned {shown(returned)}", ONE_EACH)
+                answers = list(returned)
+        except OutOfTime as late:
+            found = f"did not answer within {self._seconds:g} s{self._place(late)}"
+            return Late(found, "mend it or raise timeout_seconds")
+        except (Exception, SystemExit) as error:
+            return Fault(f"raised {shown(error, 300)}{self._place(error)}", "mend it", cause=error)
         if len(answers) != len(rollouts):
-            raise InputError(
-                f"reward function {self.name!r} returned {len(answers)} scores for {len(rollouts)} responses."
-            )
-        if any(isinstance(answer, list | tuple) for answer in answers):
-            return self._process(answers, rollouts)
-        return Earned(
-            torch.tensor([self._number(answer, rollout) for answer, rollout in zip(answers, rollouts, strict=True)])
-        )
+            return Fault(f"returned {len(answers)} scores for {len(rollouts)} responses", ONE_EACH)
+        return answers
 
-    def _number(self, answer: Any, rollout: Rollout) -> float:
-        try:
-            number = float(answer)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"reward function {self.name!r} must return numbers, one a response: {error}.") from error
-        if not math.isfinite(number):
-            raise InputError(
-                f"reward function {self.name!r} returned {number} for the response {rollout.text[:80]!r} to "
-                f"{rollout.prompt.text[-80:]!r}; every score must be finite."
-            )
-        return number
+    def _one_by_one(self, rollouts: Sequence[Rollout]) -> Iterator[Any]:
+        """The answer to each rollout alone, or its fault. After a few late ones in a row the rest counts as late:
+        a function that hangs for all would take its limit for each."""
+        late = 0
+        for rollout in rollouts:
+            if late < LATE_IN_A_ROW:
+                answer = self._ask([rollout])
+                late = late + 1 if isinstance(answer, Late) else 0
+            yield answer if isinstance(answer, Fault) else answer[0]
 
-    def _process(self, answers: Sequence[Any], rollouts: Sequence[Rollout]) -> Earned:
-        process = torch.zeros(len(rollouts), max(len(rollout.ids) for rollout in rollouts))
-        for row, (pairs, rollout) in enumerate(zip(answers, rollouts, strict=True)):
-            for pair in pairs if isinstance(pairs, list | tuple) else [pairs]:
-                process[row, self._token_at(pair, rollout)] += self._number(pair[1], rollout)
-        return Earned(torch.zeros(len(rollouts)), process)
-
-    def _token_at(self, pair: Any, rollout: Rollout) -> int:
-        """Which token completes the first `end` characters of the response."""
-        try:
-            end = operator.index(pair[0])
-            fits = len(pair) == 2 and 0 <= end <= len(rollout.text)
-        except (TypeError, IndexError):
-            fits = False
-        if not fits:
-            raise InputError(
-                f"reward function {self.name!r} returned {pair!r} among its process rewards; each must be a pair "
-                f"(end, reward) with 0 <= end <= {len(rollout.text)}, the length of the response."
-            )
-        ids = rollout.ids
-
-        def whole_characters(last: int) -> int:
-            return len(self._decode(rollout.prompt.ids, ids[: last + 1]).rstrip("\ufffd"))
-
-        return min(bisect.bisect_left(range(len(ids)), end, key=whole_characters), len(ids) - 1)
+    def _place(self, error: BaseException) -> str:
+        """Where in the function's file an exception arose or, where it did not pass through that, where it did."""
+        code = getattr(inspect.unwrap(self._function), "__code__", None)
+        ours = str(Path(__file__).parent)
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+        own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+        return f" at {(own or frames)[-1].filename}:{(own or frames)[-1].lineno}" if frames else ""

@@ -51,7 +51,8 @@ def evaluate(
     )
     values = in_parts(value.values, tokens, tokens_per_microbatch, extra_columns=1)
     after_last = tokens.response_lengths[:, None]
-    process = torch.zeros(tokens.mask.shape) if scores.process is None else scores.process
+    width = tokens.mask.shape[1]
+    process = torch.zeros(tokens.mask.shape) if scores.process is None else scores.process[:, :width]
     return Trajectories(
         tokens=tokens,
         behaviour_logprobs=behaviour.to(device),

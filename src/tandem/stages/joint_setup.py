@@ -21,9 +21,11 @@ from tandem.models.sharing import JointModels, Placement, RewardModel, build_joi
 from tandem.rewards.composition import Term, WeightedSum
 from tandem.rewards.function import FunctionReward, RewardFunction, load_function
 from tandem.rewards.model import ModelReward
+from tandem.rewards.remote import RemoteReward
 from tandem.rollout import Generator, TorchGenerator
 from tandem.run import Progress, RunFolder
 from tandem.stages.joint import evaluate
+from tandem.stages.scoring import refused_before_training
 from tandem.stages.update import Course, Engine, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
 from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
@@ -139,20 +141,22 @@ def reward_terms(
     for source, name in zip(sources, term_names(sources), strict=True):
         if source.model is not None:
             model = models[source.model]
-            terms[name] = Term(ModelReward(model.scorer, model.tokenizer, source.model, model.context), source.weight)
+            scored = ModelReward(model.scorer, model.tokenizer, source.model, model.context, source.on_error)
+            terms[name] = Term(scored, source.weight)
+        elif source.function is not None:
+            terms[name] = Term(FunctionReward(functions[source.function], source, decoder(tokenizer)), source.weight)
         else:
-            assert source.function is not None
-            reward = FunctionReward(functions[source.function], source.function, decoder(tokenizer))
-            terms[name] = Term(reward, source.weight)
+            terms[name] = Term(RemoteReward(source, decoder(tokenizer)), source.weight)
     return terms
 
 
 def term_names(sources: Sequence[RewardSource]) -> list[str]:
-    """What metrics call the terms: reward_model, or the function's name; a second one of a name gets a number."""
+    """What metrics call the terms: reward_model, remote or the function's name; a second of a name gets a number."""
     seen: Counter[str] = Counter()
     names = []
     for source in sources:
-        name = "reward_model" if source.function is None else source.function.rpartition(":")[2]
+        of_others = "remote" if source.model is None else "reward_model"
+        name = of_others if source.function is None else source.function.rpartition(":")[2]
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return names
@@ -177,7 +181,8 @@ def centred_on_reference(
     generator = make_generator(models.policy, tokenizer, config, sampling)
     count = config.score.reference_samples
     rollouts = generator.generate(random.Random(config.run.seed).choices(prompts, k=count))
-    centred = reward.centred(names, rollouts)
+    with refused_before_training():
+        centred = reward.centred(names, rollouts)
     for name in names:
         progress.say(f"{name}: {centred.terms[name].offset:.4g} on average on {count} responses of the reference.")
     return centred

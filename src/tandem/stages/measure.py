@@ -26,7 +26,7 @@ def measure(
         "objective/score_std": scores.whole.std(correction=0).item(),
         "objective/shaped_score": paid,
         "objective/rlhf_reward": paid - kl.coefficient * kl_a_sequence,
-        **{f"objective/score/{name}": part.mean().item() for name, part in scores.parts.items()},
+        **{f"objective/score/{name}": mean for name, mean in means_of_parts(scores).items()},
         "policy/entropy": -algo.masked_mean(trajectories.logprobs, mask).item(),
         **measure_critic(trajectories, batch, settings, kl),
         "advantage/std": (batch.advantages[mask]).std(unbiased=False).item(),
@@ -36,6 +36,12 @@ def measure(
         "rollout/logprob_mismatch_max": mismatch[mask].max().item(),
         "rollout/importance_weight": algo.masked_mean(batch.weights, mask).item(),
     }
+
+
+def means_of_parts(scores: Scores) -> dict[str, float]:
+    """The mean of each term over the samples that it scored; a term that scored none has no mean."""
+    scored = {name: part[~part.isnan()] for name, part in scores.parts.items()}
+    return {name: part.mean().item() for name, part in scored.items() if part.numel()}
 
 
 def measure_critic(

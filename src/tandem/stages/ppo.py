@@ -36,6 +36,7 @@ from tandem.stages.saved_rollouts import (
     split_by_prompt,
     unjudged,
 )
+from tandem.stages.scoring import skipped_metric, try_rewards, with_scores_only
 from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import Judged, judge, learn
@@ -111,7 +112,7 @@ def train(run: JointRun, standing: Standing) -> Standing:
             keeper.boundary(run.snapshot(standing), standing.row)
             if standing.state.finished or run.signals.requested:
                 break
-            state, row = step(run, standing.state, next(prompts))
+            state, row = step(run, standing, next(prompts))
             standing = replace(standing, state=state, row=row, logged=False)
             keeper.mark(run.snapshot(standing))
     run.signals.end_if_terminating()
@@ -119,21 +120,27 @@ def train(run: JointRun, standing: Standing) -> Standing:
     return standing
 
 
-def step(run: JointRun, state: JointState, prompts: Sequence[Prompt]) -> tuple[JointState, dict[str, float]]:
+def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[JointState, dict[str, float]]:
     """Sample, score, judge, learn: one joint step, its metrics, and the state after it.
 
     A step that meets a number that is not finite is skipped. Raises RunError after too many of them.
     """
-    stage, config, number, clock = run.stage, run.config, state.step + 1, Clock()
-    rollouts: list[Rollout] = []
+    stage, config, state, clock = run.stage, run.config, standing.state, Clock()
+    number = state.step + 1
+    sampled: list[Rollout] = []
     judged: Judged | None = None
     try:
         with run.signals.may_give_up():
             with clock("rollout"):
-                rollouts = stage.generator.generate(repeat(prompts, config.rollout.responses_per_prompt))
+                sampled = stage.generator.generate(repeat(prompts, config.rollout.responses_per_prompt))
             with clock("score"):
-                scores = stage.reward.score(rollouts)
+                everything = stage.reward.score(sampled)
+                rollouts, scores, skipped = with_scores_only(sampled, everything)
                 check_scores(scores, rollouts)
+            if skipped and not standing.row.get("reward/skipped"):
+                run.progress.warn(
+                    f"step {number}: {skipped} of {len(sampled)} samples have no score; {everything.fault}."
+                )
             with clock("evaluate"):
                 scored = state.with_scores(scores)
                 judged = judge(stage, config, scored, rollouts, scores)
@@ -144,15 +151,16 @@ def step(run: JointRun, state: JointState, prompts: Sequence[Prompt]) -> tuple[J
                 run.folder.save_rollouts(f"step_{number:06d}", records(kept, judged, scores, stage.tokenizer))
         with clock("update"), run.folder.keeper.updating():
             after, metrics = learn(stage, config, scored, judged)
+            metrics |= skipped_metric(config.rewards, skipped)
     except NotFinite as fault:
         after, metrics = state.after_fault(), {} if judged is None else judged.metrics
-        samples = unjudged(rollouts) if judged is None else records(rollouts, judged, scores, stage.tokenizer)
+        samples = unjudged(sampled) if judged is None else records(rollouts, judged, scores, stage.tokenizer)
         run.folder.keep_fault(number, fault, samples)
         run.progress.warn(f"step {number} is skipped: {fault}; what it worked on is kept in faults/.")
         if after.faults.in_a_row >= config.run.max_faults_in_a_row:
             raise diagnosis(fault, after.faults, number) from None
     metrics = metrics | after.faults.metrics()
-    return after, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
+    return after, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in sampled))
 
 
 def conclude(run: JointRun, standing: Standing) -> Standing:
@@ -279,12 +287,13 @@ def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
 def check_start(stage: JointStage, config: PpoConfig) -> None:
     """The generator's log-probabilities must be those that train, and the reward must answer as it should.
 
-    Raises RunError where they differ by more than 1e-4 nats a token in float32, or 0.1 on average in bfloat16.
+    Raises InputError where the reward does not, and RunError where log-probabilities differ by more than 1e-4 nats a
+    token in float32, or 0.1 on average in bfloat16.
     """
     prompts = sorted(stage.prompts, key=lambda prompt: len(prompt.ids))
     chosen = [prompts[0], prompts[len(prompts) // 2], prompts[-1]]
     rollouts = stage.fresh_generator(config).generate(chosen)
-    stage.reward.score(rollouts)
+    try_rewards(stage.reward, rollouts)
     tokens = pad_tokens([rollout.prompt.ids for rollout in rollouts], [rollout.ids for rollout in rollouts])
     with torch.no_grad():
         policy, budget = stage.models.policy, config.compute.tokens_per_microbatch
@@ -310,7 +319,7 @@ def evaluate_heldout(run: JointRun, name: str, state: JointState) -> dict[str, f
     if not stage.heldout:
         return {}
     rollouts = stage.fresh_generator(config).generate(repeat(stage.heldout, config.eval_responses_per_prompt))
-    scores = stage.reward.score(rollouts)
+    rollouts, scores, skipped = with_scores_only(rollouts, stage.reward.score(rollouts))
     try:
         check_scores(scores, rollouts)
         judged = judge(stage, config, state, rollouts, scores)
@@ -318,7 +327,7 @@ def evaluate_heldout(run: JointRun, name: str, state: JointState) -> dict[str, f
         run.progress.warn(f"the evaluation on held-out prompts ({name}) is left out: {fault}.")
         return {}
     run.folder.save_rollouts(f"heldout_{name}", records(rollouts, judged, scores, stage.tokenizer))
-    return judged.metrics
+    return judged.metrics | skipped_metric(config.rewards, skipped)
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
