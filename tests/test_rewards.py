@@ -10,7 +10,6 @@ from contextlib import suppress
 import pytest
 import torch
 
-from conftest import make_tokenizer
 from tandem.algo import RunningMoments
 from tandem.config import RewardSource, ScoreSection
 from tandem.errors import InputError, RewardError
@@ -22,6 +21,7 @@ from tandem.stages.joint import evaluate
 from tandem.stages.measure import means_of_parts
 from tandem.stages.scoring import try_rewards, with_scores_only
 from tandem.types import Prompt, Rollout, Scores
+from tiny import make_tokenizer
 
 PROMPT = Prompt((1,), "p", None, {})
 

@@ -154,7 +154,8 @@ def _result(summary: dict[str, Any]) -> str:
     else:
         last = after or summary["last_step"]
         where = "held-out" if after else "last step's"
-        reached = f"{where} score {last['objective/score']:.3f} at KL {last['objective/kl']:.2f} nats a sequence"
+        score, kl = (last.get(name, float("nan")) for name in ("objective/score", "objective/kl"))
+        reached = f"{where} score {score:.3f} at KL {kl:.2f} nats a sequence"
     return f"{summary['steps']} steps in {summary['seconds']:.0f} s, {reached}. See model/ and summary.json."
 
 

@@ -10,17 +10,22 @@ import torch
 
 from tandem.algo import Sums
 from tandem.errors import NotFinite
+from tandem.rewards.faults import sample
 from tandem.types import Batch, Rollout, Scores, Trajectories
 
 
 def check_scores(scores: Scores, rollouts: Sequence[Rollout]) -> None:
-    """Raises NotFinite, naming the reward and the sample, where a score is not finite."""
-    for name, tensor in {**scores.parts, "total": scores.whole}.items():
-        bad = (~torch.isfinite(tensor)).nonzero().flatten().tolist()
-        if bad:
-            rollout = rollouts[bad[0]]
-            where = f"the reward {name!r} of the response {rollout.text[:80]!r} to {rollout.prompt.text[-80:]!r}"
-            raise NotFinite(where, 'Mend the reward, or set its on_error = "skip" to leave out such samples.')
+    """Raises NotFinite, naming the reward and the sample, where what is paid for a response is not finite."""
+    bad = (~torch.isfinite(scores.whole)).nonzero().flatten().tolist()
+    if not bad:
+        return
+    row = bad[0]
+    names = [name for name, part in scores.parts.items() if not torch.isfinite(part[row])]
+    which = f"the reward {names[0]!r}" if names else "the sum of rewards"
+    raise NotFinite(
+        f"{which} of {sample(rollouts[row])}",
+        'Mend the reward, or set its on_error = "skip" to leave out such samples.',
+    )
 
 
 def check_trajectories(trajectories: Trajectories) -> None:

@@ -39,7 +39,7 @@ def try_rewards(reward: WeightedSum, rollouts: Sequence[Rollout]) -> None:
             raise InputError(f"{earned.fault}; none of the {len(rollouts)} samples it was tried on has a score.")
 
 
-def with_scores_only(rollouts: Sequence[Rollout], scores: Scores) -> tuple[Sequence[Rollout], Scores, int]:
+def with_scores_only(rollouts: list[Rollout], scores: Scores) -> tuple[list[Rollout], Scores, int]:
     """The rollouts that have a score, their scores, and how many were left out for having none.
 
     Raises RewardError where none has one.
