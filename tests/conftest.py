@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# One thread a worker: the tests run side by side, and so do the commands that they start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +16,7 @@ import torch
 
 from tiny import save_tiny
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma2", "gemma3")
 SHARED = Path(__file__).parents[2] / "shared"

@@ -270,10 +270,10 @@ def test_training_under_a_fitted_reward_ends_on_the_exact_curve(task):
 
 
 def test_a_real_transformer_nears_the_optimum():
-    found = train_transformer(seed=0, steps=40, episodes=256)
+    found = train_transformer(seed=0, steps=30, horizon=3, episodes=128)
     assert found.mass_error < 1e-4
     assert max(row["rollout/logprob_mismatch_max"] for row in found.metrics) < 1e-4
-    assert found.gap < 0.45 * found.start_gap
+    assert found.gap < 0.2 * found.start_gap
 
 
 def test_a_policy_that_rests_keeps_its_kl_coefficient_and_the_schedules():

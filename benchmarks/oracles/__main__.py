@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 
-from oracles.report import page, plot
+from oracles.report import TRANSFORMER_GATES, page, plot
 from oracles.reward_then_policy import Study, draw_pairs, exact_curve, fit_error, fit_reward, study
 from oracles.settings import COUNTER_ROWS, TREE_ROWS
 from oracles.tabular import tree
 from oracles.training import train
-from oracles.transformer import train_transformer
+from oracles.transformer import fit_exactly, train_transformer
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ROWS = {row.name: row for row in TREE_ROWS} | {f"counter: {row.name}": row for row in COUNTER_ROWS}
 PAIRS = [2**k for k in range(10, 19, 2)]
 STUDIED = [(2**10, 0), (2**14, 0)]
 BETAS = [1.0, 0.5, 0.25]
+TRANSFORMER_STEPS, EXACT_STEPS = 300, 600
 
 
 def run_row(job: tuple[str, int]) -> dict[str, Any]:
@@ -63,24 +64,33 @@ def run_fit(job: tuple[int, int]) -> dict[str, float]:
     return {"pairs": pairs, "seed": seed, "error": fit_error(task, fitted), "lost": peak - curve[-1].gold}
 
 
-def run_transformer(seed: int) -> dict[str, Any]:
+def run_transformer(job: tuple[int, int]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    started = time.monotonic()
-    found = train_transformer(seed, steps=400)
+    started, (horizon, seed) = time.monotonic(), job
+    found = train_transformer(seed, steps=TRANSFORMER_STEPS, horizon=horizon)
     return {
+        "horizon": horizon,
         "seed": seed,
         "start_gap": found.start_gap,
         "gap": found.gap,
+        "steps": TRANSFORMER_STEPS,
         "mass_error": found.mass_error,
         "mismatch": max(row["rollout/logprob_mismatch_max"] for row in found.metrics),
         "seconds": time.monotonic() - started,
     }
 
 
+def run_exactly(horizon: int) -> float:
+    torch.set_num_threads(1)
+    return fit_exactly(0, EXACT_STEPS, horizon)
+
+
 def main(seeds: int) -> int:
     jobs = [(name, seed) for seed in range(seeds) for name in ROWS]
     with ProcessPoolExecutor(max_workers=2) as pool:
-        by_transformer = list(pool.map(run_transformer, range(seeds)))
+        lengths = [(horizon, seed) for horizon in TRANSFORMER_GATES for seed in range(seeds)]
+        by_transformer = list(pool.map(run_transformer, lengths))
+        exactly = dict(zip(TRANSFORMER_GATES, pool.map(run_exactly, TRANSFORMER_GATES), strict=True))
         fits = list(pool.map(run_fit, [(pairs, seed) for pairs in PAIRS for seed in range(seeds)]))
         studies = list(pool.map(run_study, STUDIED))
         found = []
@@ -92,6 +102,7 @@ def main(seeds: int) -> int:
         "fits": fits,
         "studies": [asdict(one) | {"turns_over_by": one.turns_over_by} for one in studies],
         "transformer": by_transformer,
+        "exact_gradient": {"steps": EXACT_STEPS, "gap_by_horizon": exactly},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "oracles.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
