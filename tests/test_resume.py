@@ -172,6 +172,8 @@ def test_what_cannot_be_resumed_is_refused(cut_run, tiny, tmp_path, capsys):
         capsys, [*ppo_words(tmp_path, tiny()), "--rewards.0.function=none:none", "--value.start=policy"]
     )
     assert "go on with the recipe" in refused(capsys, ["ppo", "--resume", run, "--sharing.mode=adapters"])
+    assert "6 steps are done" in refused(capsys, ["ppo", "--resume", run, "--steps=3"])
+    assert 'mode = "separate"' in (cut_run / "config.toml").read_text()
     prompts = tmp_path / "prompts.jsonl"
     before = prompts.read_text()
     prompts.write_text(before.replace("the", "a", 1))
@@ -186,6 +188,7 @@ def test_a_finished_run_says_so_and_can_be_given_more_steps(cut_run, capsys):
     assert main(["ppo", "--resume", str(cut_run)]) == 0
     assert "finished" in capsys.readouterr().out
     assert main(["ppo", "--resume", str(cut_run), "--steps=10"]) == 0
+    assert "changed: steps 8 -> 10" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(cut_run)] == list(range(1, 11))
 
 

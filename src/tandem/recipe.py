@@ -184,6 +184,14 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return None, False
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree by their dotted names."""
+    if not isinstance(tree, Mapping | list) or not tree:
+        return {prefix.rstrip("."): tree}
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    return {name: leaf for key, value in items for name, leaf in flat(value, f"{prefix}{key}.").items()}
+
+
 def without_none(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A tree that TOML can hold: what is unset is left out."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tandem.errors import InputError
+from tandem.recipe import flat, without_none
 from tandem.run.checkpoints import Snapshot, newest_good, remove_partial
 from tandem.run.progress import Progress
 from tandem.run.record import check_inputs, differences, read_record, record_of
@@ -36,6 +38,8 @@ def start_of(path: Path, stage: str, config: BaseModel, resume: bool, progress: 
         return Start(record_of(stage, config), None)
     record = read_record(path)
     check_inputs(path, record, config)
+    for line in changed_settings(path, config):
+        progress.say(f"changed: {line}")
     if changed := differences(record):
         progress.warn(f"not as when the run began: {', '.join(changed)}. The last bits of its numbers may differ.")
     remove_partial(path / CHECKPOINTS)
@@ -45,6 +49,20 @@ def start_of(path: Path, stage: str, config: BaseModel, resume: bool, progress: 
     else:
         progress.say(f"{path}: going on after step {snapshot.step}.")
     return Start(record, snapshot)
+
+
+def changed_settings(path: Path, config: BaseModel) -> list[str]:
+    """What the recipe says that it did not say when the run was last saved: `steps 100 -> 200`."""
+    before = flat(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+    now = flat(without_none(config.model_dump()))
+    names = [name for name in {**before, **now} if name != "run.directory" and before.get(name) != now.get(name)]
+    return [f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names]
+
+
+def check_planned(done: int, planned: int, setting: str) -> None:
+    """Raises InputError where a run has done more steps than it is to do."""
+    if done > planned:
+        raise InputError(f"{done} steps are done, and {setting} makes it {planned} in all; give as many or more.")
 
 
 def check_free(path: Path) -> None:

@@ -15,6 +15,7 @@ from tandem.run.checkpoints import Snapshot
 from tandem.run.faults import Faults, diagnosis
 from tandem.run.random_state import random_numbers, random_tensors, restore_random
 from tandem.run.signals import Signals
+from tandem.run.start import check_planned
 
 Item = TypeVar("Item")
 
@@ -88,13 +89,13 @@ class Training(Generic[Item]):
         return Snapshot(standing.step, tensors, state)
 
 
-def train_from_data(training: Training[Item], snapshot: Snapshot | None) -> Standing:
-    """Step after step, from the first or from a snapshot, until all are done or an end is asked for.
+def train_from_data(training: Training[Item], standing: Standing | None) -> Standing:
+    """Step after step, from the first or from where a run stands, until all are done or an end is asked for.
 
     Raises RunError after too many steps in a row that were skipped for numbers that are not finite.
     """
     lesson, keeper, signals = training.lesson, training.folder.keeper, training.signals
-    standing = begin(training) if snapshot is None else take_up(lesson, snapshot)
+    standing = standing or begin(training)
     keeper.check_space(training.snapshot(standing))
     items = islice(lesson.order, standing.step * lesson.items_per_step, None)
     with training.progress.stage(lesson.name, lesson.steps, done=standing.step) as shown:
@@ -120,13 +121,17 @@ def begin(training: Training[Item]) -> Standing:
 
 
 def take_up(lesson: Lesson[Item], snapshot: Snapshot) -> Standing:
-    """Bring a model that was just loaded to where the snapshot was taken. Raises InputError for another model's."""
+    """Bring a model that was just loaded to where the snapshot was taken.
+
+    Raises InputError for another model's snapshot, or one of more steps than are planned.
+    """
 
     def under(group: str) -> dict[str, Any]:
         names = (name for name in snapshot.tensors if name.startswith(group))
         return {name.removeprefix(group): snapshot.tensors[name] for name in names}
 
     state = snapshot.state
+    check_planned(snapshot.step, lesson.steps, "epochs")
     lesson.engine.load_state(under("model/"))
     restore_random(under("process/"), state["random"])
     faults = Faults(*state["faults"])

@@ -77,11 +77,12 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
         torch.manual_seed(config.run.seed)
         saved = read_saved(config) if start.snapshot is None else []
         stage = build(config, progress, earlier.get("offsets"))
+        check_start(stage, config)
+        standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
             run = JointRun(stage, config, folder, signals, progress, started - earlier.get("seconds", 0.0))
             with folder.keeper.safe("ppo"):
-                check_start(stage, config)
-                standing = begin(run, saved) if start.snapshot is None else take_up(stage, config, start.snapshot)
+                standing = standing or begin(run, saved)
                 folder.keeper.check_space(run.snapshot(standing))
                 return finish(run, train(run, standing))
 

@@ -29,7 +29,7 @@ from tandem.run.machine import machine_record
 from tandem.run.signals import Signals
 from tandem.run.start import start_of
 from tandem.stages.finite import check_losses
-from tandem.stages.from_data import Lesson, Training, train_from_data
+from tandem.stages.from_data import Lesson, Training, take_up, train_from_data
 from tandem.types import whole_texts
 
 
@@ -53,11 +53,12 @@ def run_reward(config: RewardConfig, progress: Progress, *, resume: bool = False
         answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
         check_length(learner.model.trunk.model, max(len(answer.ids) for answer in answers), "model")
         lesson = make_lesson(config, learner, rows)
+        standing = take_up(lesson, start.snapshot) if start.snapshot else None
         since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
             training = Training("reward", lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
             with folder.keeper.safe("reward"):
-                reached = train_from_data(training, start.snapshot)
+                reached = train_from_data(training, standing)
                 with progress.console.status("saving the model"), writing(folder.model):
                     save(learner, config, tokenizer, rows.heldout or rows.train, reached.heldout, folder.model)
                 summary = {

@@ -27,7 +27,7 @@ from tandem.run.machine import machine_record
 from tandem.run.signals import Signals
 from tandem.run.start import start_of
 from tandem.stages.finite import check_losses
-from tandem.stages.from_data import Lesson, Training, train_from_data
+from tandem.stages.from_data import Lesson, Training, take_up, train_from_data
 from tandem.types import split_by_tokens, whole_texts
 
 
@@ -50,11 +50,12 @@ def run_sft(config: SftConfig, progress: Progress, *, resume: bool = False) -> d
         check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
         adapter = None if config.adapters is None else "policy"
         lesson = make_lesson(config, trunk, adapter, rows)
+        standing = take_up(lesson, start.snapshot) if start.snapshot else None
         since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
             training = Training("sft", lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
             with folder.keeper.safe("sft"):
-                reached = train_from_data(training, start.snapshot)
+                reached = train_from_data(training, standing)
                 with progress.console.status("saving the model"), writing(folder.model):
                     save_policy(trunk, adapter, tokenizer, folder.model)
                 summary = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from tandem.config import PpoConfig
 from tandem.run.checkpoints import Snapshot
 from tandem.run.random_state import random_numbers, random_tensors, restore_random
+from tandem.run.start import check_planned
 from tandem.stages.joint_setup import JointStage
 from tandem.stages.state import JointState, restored_state
 
@@ -55,9 +56,10 @@ def snapshot_of(stage: JointStage, standing: Standing, metrics_bytes: int, secon
 def take_up(stage: JointStage, config: PpoConfig, snapshot: Snapshot) -> Standing:
     """Bring a run that was just put together to where the snapshot was taken.
 
-    Raises InputError where the recipe is of other models.
+    Raises InputError where the recipe is of other models, or plans fewer steps than are done.
     """
     state = snapshot.state
+    check_planned(state["state"]["course"]["done"], config.steps, "steps")
     for name, engine in stage.engines.items():
         engine.load_state(_under(name, snapshot.tensors))
     for name, random in stage.randoms.items():
