@@ -140,3 +140,29 @@ def prefix_preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, mask:
         raise ValueError(f"shapes differ: {chosen_scores.shape}, {rejected_scores.shape}, {mask.shape}")
     losses = -logsigmoid(torch.where(mask, chosen_scores - rejected_scores, torch.zeros_like(chosen_scores)))
     return (torch.where(mask, losses, torch.zeros_like(losses)).sum(1) / mask.sum(1)).sum()
+
+
+def dpo_loss(chosen_ratios: Tensor, rejected_ratios: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-sum (1 - e) log sigmoid(h) + e log sigmoid(-h), h = beta [log pi/pi_ref (y_w) - log pi/pi_ref (y_l)].
+
+    The ratios [N] are log pi(y|x) - log pi_ref(y|x) of whole answers, in nats. `label_smoothing` e is the chance that a
+    preference is the wrong way round: with it, h has a finite optimum however sure the pairs look.
+    Source: Rafailov et al. 2023, equation 7; Mitchell 2023 for the smoothing (cDPO).
+    """
+    margin = beta * _margin(chosen_ratios, rejected_ratios)
+    return -((1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)).sum()
+
+
+def ipo_loss(chosen_ratios: Tensor, rejected_ratios: Tensor, *, beta: float) -> Tensor:
+    """sum (log pi/pi_ref (y_w) - log pi/pi_ref (y_l) - 1 / (2 beta))^2, ratios [N] as in `dpo_loss`.
+
+    The margin is drawn to a constant instead of without end, so that the reference holds even where every preference
+    is sure. Source: Azar et al. 2023, equation 17.
+    """
+    return (_margin(chosen_ratios, rejected_ratios) - 1 / (2 * beta)).square().sum()
+
+
+def _margin(chosen_ratios: Tensor, rejected_ratios: Tensor) -> Tensor:
+    if chosen_ratios.shape != rejected_ratios.shape:
+        raise ValueError(f"shapes differ: {tuple(chosen_ratios.shape)}, {tuple(rejected_ratios.shape)}")
+    return chosen_ratios - rejected_ratios
