@@ -7,30 +7,17 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import tomli_w
 
-from tandem.config import CheckpointSection, RunSection
 from tandem.errors import InputError, NotFinite
 from tandem.recipe import without_none
 from tandem.run.disk import finite_or_none, write_json, write_whole, writing
 from tandem.run.keeper import Keeper
-from tandem.run.record import RECORD
+from tandem.run.record import RECORD, Recipe
 from tandem.run.start import CHECKPOINTS, Start
 from tandem.run.trackers import Place, Tracker, open_trackers
-
-
-class Recipe(Protocol):
-    """What any stage's configuration says about its run."""
-
-    @property
-    def run(self) -> RunSection: ...
-
-    @property
-    def checkpoints(self) -> CheckpointSection: ...
-
-    def model_dump(self) -> dict[str, Any]: ...
 
 
 class RunFolder:

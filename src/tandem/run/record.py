@@ -8,13 +8,13 @@ import platform
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
-from pydantic import BaseModel
 
 import tandem
+from tandem.config import CheckpointSection, RunSection
 from tandem.errors import InputError
 
 RECORD = "run.json"
@@ -23,7 +23,19 @@ _WHOLE = 2**26
 _EDGE = 2**20
 
 
-def record_of(stage: str, config: BaseModel) -> dict[str, Any]:
+class Recipe(Protocol):
+    """What any stage's configuration says about its run."""
+
+    @property
+    def run(self) -> RunSection: ...
+
+    @property
+    def checkpoints(self) -> CheckpointSection: ...
+
+    def model_dump(self) -> dict[str, Any]: ...
+
+
+def record_of(stage: str, config: Recipe) -> dict[str, Any]:
     """What `run.json` holds; `identity` is what trackers know the run by."""
     identity = secrets.token_hex(4)
     return {
@@ -55,7 +67,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise InputError(f"--resume {path}: {RECORD} cannot be read: {error}.") from error
 
 
-def check_inputs(path: Path, record: Mapping[str, Any], config: BaseModel) -> None:
+def check_inputs(path: Path, record: Mapping[str, Any], config: Recipe) -> None:
     """Raises InputError where a model or a data file is not what the run began with."""
     now = dict(_fingerprints(config.model_dump()))
     for name, found in now.items():

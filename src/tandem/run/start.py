@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from tandem.errors import InputError
 from tandem.recipe import flat, without_none
 from tandem.run.checkpoints import Snapshot, newest_good, remove_partial
 from tandem.run.progress import Progress
-from tandem.run.record import check_inputs, differences, read_record, record_of
+from tandem.run.record import Recipe, check_inputs, differences, read_record, record_of
 
 CHECKPOINTS = "checkpoints"
 
@@ -27,7 +25,7 @@ class Start:
     snapshot: Snapshot | None
 
 
-def start_of(path: Path, stage: str, config: BaseModel, resume: bool, progress: Progress) -> Start:
+def start_of(path: Path, stage: str, config: Recipe, resume: bool, progress: Progress) -> Start:
     """Find where to begin.
 
     Raises InputError where the folder holds a run already or, to go on, where it holds none, or where a model or data
@@ -51,7 +49,7 @@ def start_of(path: Path, stage: str, config: BaseModel, resume: bool, progress: 
     return Start(record, snapshot)
 
 
-def changed_settings(path: Path, config: BaseModel) -> list[str]:
+def changed_settings(path: Path, config: Recipe) -> list[str]:
     """What the recipe says that it did not say when the run was last saved: `steps 100 -> 200`."""
     before = flat(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
     now = flat(without_none(config.model_dump()))

@@ -1,4 +1,4 @@
-"""Training one model from data: the loop that supervised fine-tuning and the reward model have in common."""
+"""Training one model from data: what supervised fine-tuning, the reward model and DPO have in common."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from tandem.engine.local import LocalEngine
 from tandem.errors import NotFinite
 from tandem.run import Progress, RunFolder
 from tandem.run.checkpoints import Snapshot
+from tandem.run.disk import writing
 from tandem.run.faults import Faults, diagnosis
+from tandem.run.lock import claimed
+from tandem.run.machine import machine_record
 from tandem.run.random_state import random_numbers, random_tensors, restore_random
+from tandem.run.record import Recipe
 from tandem.run.signals import Signals
-from tandem.run.start import check_planned
+from tandem.run.start import check_planned, start_of
 
 Item = TypeVar("Item")
 
@@ -25,7 +32,8 @@ class Lesson(Generic[Item]):
     """What is learnt: from which items, how, and how it is measured.
 
     `order` gives items for ever, the same every time; `learn` takes one optimiser step on a minibatch and returns its
-    metrics; `measure` returns metrics on held-out rows; `write_down` is what is kept of an item whose step is skipped.
+    metrics; `measure` returns metrics on held-out rows; `write_down` is what is kept of an item whose step is skipped;
+    `save` writes the model, as far as training has come; `facts` are the lesson's own lines of the summary.
     """
 
     name: str
@@ -37,7 +45,10 @@ class Lesson(Generic[Item]):
     learn: Callable[[Sequence[Item]], dict[str, float]]
     measure: Callable[[], dict[str, float]]
     write_down: Callable[[Item], Mapping[str, Any]]
+    save: Callable[[Path, Standing], None]
+    facts: Callable[[Standing], Mapping[str, Any]]
     headline: Sequence[str]
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,46 @@ class Training(Generic[Item]):
             "metrics_bytes": self.folder.metrics_bytes,
         }
         return Snapshot(standing.step, tensors, state)
+
+
+def run_from_data(
+    stage: str, config: Recipe, progress: Progress, resume: bool, prepare: Callable[[], Lesson[Item]]
+) -> dict[str, Any]:
+    """Prepare, train, save and sum up, in the run's folder, from its first step or from where it was cut short.
+
+    `prepare` loads data and model. Raises InputError for what cannot be used, RunError where the run cannot go on,
+    Interrupted for SIGTERM.
+    """
+    started, path = time.monotonic(), Path(config.run.directory)
+    with claimed(path):
+        start = start_of(path, stage, config, resume, progress)
+        torch.manual_seed(config.run.seed)
+        lesson = prepare()
+        standing = take_up(lesson, start.snapshot) if start.snapshot else None
+        since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
+        with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
+            training = Training(stage, lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
+            with folder.keeper.safe(stage):
+                return sum_up(training, train_from_data(training, standing), config.run.seed)
+
+
+def sum_up(training: Training[Item], reached: Standing, seed: int) -> dict[str, Any]:
+    """Save the model and write the summary."""
+    lesson, folder = training.lesson, training.folder
+    with training.progress.console.status("saving the model"), writing(folder.model):
+        lesson.save(folder.model, reached)
+    summary = {
+        "stage": training.stage,
+        "interrupted": reached.step < lesson.steps,
+        "seed": seed,
+        "steps": reached.step,
+        "seconds": training.seconds,
+        **machine_record(lesson.device),
+        **lesson.facts(reached),
+        "last_step": reached.row,
+    }
+    folder.write_summary(summary)
+    return summary
 
 
 def train_from_data(training: Training[Item], standing: Standing | None) -> Standing:

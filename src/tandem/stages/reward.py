@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,21 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem import algo
 from tandem.config import RewardConfig
-from tandem.data.examples import Answered, Pair, SplitRows, endless_order, read_pairs
+from tandem.data.examples import Answered, Pair, endless_order, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.cards import RewardCard, make_probes, write_card
 from tandem.models.loading import check_length, load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_scalar
 from tandem.models.scalar import ScalarModel, load_body
 from tandem.models.scoring import DecoderScorer
-from tandem.run import Progress, RunFolder
-from tandem.run.disk import writing
-from tandem.run.lock import claimed
-from tandem.run.machine import machine_record
-from tandem.run.signals import Signals
-from tandem.run.start import start_of
+from tandem.run import Progress
 from tandem.stages.finite import check_losses
-from tandem.stages.from_data import Lesson, Training, take_up, train_from_data
+from tandem.stages.from_data import Lesson, run_from_data
 from tandem.types import whole_texts
 
 
@@ -39,59 +33,41 @@ def run_reward(config: RewardConfig, progress: Progress, *, resume: bool = False
 
     Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
-    started, path = time.monotonic(), Path(config.run.directory)
-    with claimed(path):
-        start = start_of(path, "reward", config, resume, progress)
-        torch.manual_seed(config.run.seed)
-        device = pick_device(config.compute.device)
-        tokenizer = load_tokenizer(config.model, "model")
-        rows = read_pairs(config.data, tokenizer, config.run.seed)
-        for line in rows.report():
-            progress.say(line)
-        with progress.console.status("loading the model"):
-            learner = build(config, device)
-        answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
-        check_length(learner.model.trunk.model, max(len(answer.ids) for answer in answers), "model")
-        lesson = make_lesson(config, learner, rows)
-        standing = take_up(lesson, start.snapshot) if start.snapshot else None
-        since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
-        with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
-            training = Training("reward", lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
-            with folder.keeper.safe("reward"):
-                reached = train_from_data(training, standing)
-                with progress.console.status("saving the model"), writing(folder.model):
-                    save(learner, config, tokenizer, rows.heldout or rows.train, reached.heldout, folder.model)
-                summary = {
-                    "stage": "reward",
-                    "interrupted": reached.step < lesson.steps,
-                    "seed": config.run.seed,
-                    "steps": reached.step,
-                    "train_pairs": len(rows.train),
-                    "seconds": training.seconds,
-                    **machine_record(device),
-                    "heldout_accuracy": reached.heldout.get("heldout/accuracy"),
-                    "heldout_pairs": len(rows.heldout),
-                    "last_step": reached.row,
-                }
-                folder.write_summary(summary)
-                return summary
+    return run_from_data("reward", config, progress, resume, lambda: prepare(config, progress))
 
 
-def make_lesson(config: RewardConfig, learner: RewardLearner, rows: SplitRows[Pair]) -> Lesson[Pair]:
-    """The pairs in a new random order for each pass, those of a prompt side by side."""
+def prepare(config: RewardConfig, progress: Progress) -> Lesson[Pair]:
+    """Load pairs and model; the pairs come in a new random order for each pass, those of a prompt side by side."""
+    device = pick_device(config.compute.device)
+    tokenizer = load_tokenizer(config.model, "model")
+    rows = read_pairs(config.data, tokenizer, config.run.seed)
+    for line in rows.report():
+        progress.say(line)
+    with progress.console.status("loading the model"):
+        learner = build(config, device)
+    answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
+    check_length(learner.model.trunk.model, max(len(answer.ids) for answer in answers), "model")
     engine, budget = learner.engine(config), config.compute.tokens_per_microbatch
-    random = torch.Generator().manual_seed(config.run.seed)
     return Lesson(
         name="reward model",
         engine=engine,
-        order=endless_order(by_prompt(rows.train), random),
+        order=endless_order(by_prompt(rows.train), torch.Generator().manual_seed(config.run.seed)),
         items_per_step=config.pairs_per_minibatch,
         steps=math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch),
         eval_every=config.eval_every,
         learn=lambda pairs: train_on(learner, pairs, engine, config),
         measure=lambda: measure_heldout(learner, rows.heldout, budget) if rows.heldout else {},
         write_down=asdict,
+        save=lambda folder, reached: save(
+            learner, config, tokenizer, rows.heldout or rows.train, reached.heldout, folder
+        ),
+        facts=lambda reached: {
+            "train_pairs": len(rows.train),
+            "heldout_accuracy": reached.heldout.get("heldout/accuracy"),
+            "heldout_pairs": len(rows.heldout),
+        },
         headline=["loss", "accuracy"],
+        device=device,
     )
 
 

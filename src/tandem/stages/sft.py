@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tandem import algo
-from tandem.config import SftConfig
-from tandem.data.examples import Example, SplitRows, endless_order, read_examples
+from tandem.config import AdapterSection, SftConfig
+from tandem.data.examples import Example, endless_order, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.loading import check_length, load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
 from tandem.models.trunk import Trunk
-from tandem.run import Progress, RunFolder
-from tandem.run.disk import writing
-from tandem.run.lock import claimed
-from tandem.run.machine import machine_record
-from tandem.run.signals import Signals
-from tandem.run.start import start_of
+from tandem.run import Progress
 from tandem.stages.finite import check_losses
-from tandem.stages.from_data import Lesson, Training, take_up, train_from_data
+from tandem.stages.from_data import Lesson, run_from_data
 from tandem.types import split_by_tokens, whole_texts
 
 
@@ -36,64 +29,48 @@ def run_sft(config: SftConfig, progress: Progress, *, resume: bool = False) -> d
 
     Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
-    started, path = time.monotonic(), Path(config.run.directory)
-    with claimed(path):
-        start = start_of(path, "sft", config, resume, progress)
-        torch.manual_seed(config.run.seed)
-        device = pick_device(config.compute.device)
-        tokenizer = load_tokenizer(config.model, "model")
-        rows = read_examples(config.data, tokenizer, config.run.seed)
-        for line in rows.report():
-            progress.say(line)
-        with progress.console.status("loading the model"):
-            trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device))
-        check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
-        adapter = None if config.adapters is None else "policy"
-        lesson = make_lesson(config, trunk, adapter, rows)
-        standing = take_up(lesson, start.snapshot) if start.snapshot else None
-        since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
-        with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
-            training = Training("sft", lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
-            with folder.keeper.safe("sft"):
-                reached = train_from_data(training, standing)
-                with progress.console.status("saving the model"), writing(folder.model):
-                    save_policy(trunk, adapter, tokenizer, folder.model)
-                summary = {
-                    "stage": "sft",
-                    "interrupted": reached.step < lesson.steps,
-                    "seed": config.run.seed,
-                    "steps": reached.step,
-                    "train_rows": len(rows.train),
-                    "seconds": training.seconds,
-                    **machine_record(device),
-                    "heldout": {"rows": len(rows.heldout), "before": reached.before, "after": reached.heldout},
-                    "last_step": reached.row,
-                }
-                folder.write_summary(summary)
-                return summary
+    return run_from_data("sft", config, progress, resume, lambda: prepare(config, progress))
 
 
-def make_lesson(config: SftConfig, trunk: Trunk, adapter: str | None, rows: SplitRows[Example]) -> Lesson[Example]:
-    """What trains and on what: all weights, or an adapter, on the rows in a new random order for each pass."""
-    if config.adapters is not None and adapter is not None:
-        parameters = trunk.add_adapter(adapter, config.adapters)
-    else:
-        parameters = list(trunk.model.requires_grad_(True).parameters())
+def prepare(config: SftConfig, progress: Progress) -> Lesson[Example]:
+    """Load rows and model; all weights train, or an adapter."""
+    device = pick_device(config.compute.device)
+    tokenizer = load_tokenizer(config.model, "model")
+    rows = read_examples(config.data, tokenizer, config.run.seed)
+    for line in rows.report():
+        progress.say(line)
+    with progress.console.status("loading the model"):
+        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device))
+    check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
+    adapter, parameters = trained_part(trunk, config.adapters)
     model, budget = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter), config.compute.tokens_per_microbatch
     engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer)
-    random = torch.Generator().manual_seed(config.run.seed)
+    order = endless_order([[example] for example in rows.train], torch.Generator().manual_seed(config.run.seed))
     return Lesson(
         name="SFT",
         engine=engine,
-        order=endless_order([[example] for example in rows.train], random),
+        order=order,
         items_per_step=config.sequences_per_minibatch,
         steps=math.ceil(config.epochs * len(rows.train) / config.sequences_per_minibatch),
         eval_every=config.eval_every,
         learn=lambda examples: train_on(model, examples, engine, budget),
         measure=lambda: measure_heldout(model, rows.heldout, budget),
         write_down=asdict,
+        save=lambda folder, _: save_policy(trunk, adapter, tokenizer, folder),
+        facts=lambda reached: {
+            "train_rows": len(rows.train),
+            "heldout": {"rows": len(rows.heldout), "before": reached.before, "after": reached.heldout},
+        },
         headline=["loss"],
+        device=device,
     )
+
+
+def trained_part(trunk: Trunk, settings: AdapterSection | None) -> tuple[str | None, list[nn.Parameter]]:
+    """The name of the adapter that trains, None where all weights do, and the parameters."""
+    if settings is None:
+        return None, list(trunk.model.requires_grad_(True).parameters())
+    return "policy", trunk.add_adapter("policy", settings)
 
 
 def train_on(model: CausalPolicy, examples: Sequence[Example], engine: LocalEngine, budget: int) -> dict[str, float]:
