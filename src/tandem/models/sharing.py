@@ -20,7 +20,14 @@ from tandem.config import AdapterSection, PpoConfig, ValueSection
 from tandem.errors import InputError
 from tandem.models.cards import RewardCard, probe_scores, read_card
 from tandem.models.causal import CausalPolicy, SamplingRule
-from tandem.models.loading import context_length, load_causal, load_scalar, load_tokenizer, padding_id
+from tandem.models.loading import (
+    check_classifier,
+    context_length,
+    load_causal,
+    load_scalar,
+    load_tokenizer,
+    padding_id,
+)
 from tandem.models.saving import ADAPTER_FOLDER, load_adapter
 from tandem.models.scalar import ScalarModel, as_scalar, head_of, zero_head
 from tandem.models.scoring import ClassifierScorer, DecoderScorer, Scorer
@@ -84,11 +91,21 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how models compute."""
+    """Where and how models compute, and whether Python code that comes with them is run."""
 
     device: torch.device
     dtype: torch.dtype
     tokens_per_microbatch: int
+    trust_remote_code: bool
+
+    def causal(self, source: str, key: str) -> PreTrainedModel:
+        return load_causal(source, key, self.dtype, self.device, self.trust_remote_code)
+
+    def scalar(self, source: str, key: str) -> PreTrainedModel:
+        return load_scalar(source, key, self.dtype, self.device, self.trust_remote_code)
+
+    def tokenizer(self, source: str, key: str) -> PreTrainedTokenizerBase:
+        return load_tokenizer(source, key, self.trust_remote_code)
 
 
 def build_joint(
@@ -117,11 +134,11 @@ def _separate(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> JointModels:
     def trunk() -> Trunk:
-        return Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+        return Trunk(placement.causal(config.policy.model, "policy.model"))
 
     policy, reference = CausalPolicy(trunk(), _rule(config)), CausalPolicy(trunk(), _reference_rule(config))
     if config.value.start == "reward":
-        check_same_tokenizer(sources[0], tokenizer)
+        check_same_tokenizer(sources[0], tokenizer, placement)
         start = _decoder_with_head(sources[0], placement)
         _verify_transfer(sources[0], start, placement)
         value_trunk, head = start.trunk, value_head(config.value, start.head)
@@ -139,7 +156,7 @@ def _separate(
 def _adapters(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> tuple[JointModels, dict[str, RewardModel]]:
-    trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+    trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
     rewards = _rewards_beside(trunk, config, sources, tokenizer, placement)
     settings = config.adapters or AdapterSection()
     policy_parameters = trunk.add_adapter("policy", settings)
@@ -162,7 +179,7 @@ def _adapters(
 def _head(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> tuple[JointModels, dict[str, RewardModel]]:
-    trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+    trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
     if config.adapters is not None:
         rewards = _rewards_beside(trunk, config, sources, tokenizer, placement)
         adapter, parameters, reference_trunk = "policy", trunk.add_adapter("policy", config.adapters), trunk
@@ -170,7 +187,7 @@ def _head(
     else:
         rewards = {source: _load_reward(source, placement) for source in sources}
         adapter, parameters = None, list(trunk.model.requires_grad_(True).parameters())
-        reference_trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+        reference_trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
     policy = CausalPolicy(trunk, _rule(config), adapter)
     head = value_head(config.value, _unknowing_head(trunk, placement))
     value = ScalarModel(trunk, head, adapter, histogram_of(config.value))
@@ -194,6 +211,7 @@ def _rewards_beside(
 
 
 def _unknowing_head(trunk: Trunk, placement: Placement) -> nn.Linear:
+    check_classifier(trunk.model)
     return zero_head(trunk.model.config.get_text_config().hidden_size, placement.device)
 
 
@@ -250,7 +268,7 @@ def _reward_on_trunk(
     folder = Path(source) / ADAPTER_FOLDER
     if card is None or card.adapter is None or not folder.is_dir() or not _same_source(card.base, policy_model):
         return None
-    check_same_tokenizer(source, tokenizer)
+    check_same_tokenizer(source, tokenizer, placement)
     head = load_adapter(trunk, name, card.adapter, folder)
     scorer = DecoderScorer(ScalarModel(trunk, head, adapter=name), placement.tokens_per_microbatch)
     _compare(source, card, scorer, placement)
@@ -262,8 +280,8 @@ def _same_source(one: str, other: str) -> bool:
 
 
 def _load_reward(source: str, placement: Placement) -> RewardModel:
-    tokenizer = load_tokenizer(source, "rewards.model")
-    model = load_scalar(source, "rewards.model", placement.dtype, placement.device)
+    tokenizer = placement.tokenizer(source, "rewards.model")
+    model = placement.scalar(source, "rewards.model")
     scorer: Scorer
     if head_of(model) is not None:
         scorer = DecoderScorer(as_scalar(model), placement.tokens_per_microbatch)
@@ -281,7 +299,7 @@ def _padding(source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
 
 
 def _decoder_with_head(source: str, placement: Placement) -> ScalarModel:
-    model = load_scalar(source, "rewards.model", placement.dtype, placement.device)
+    model = placement.scalar(source, "rewards.model")
     if head_of(model) is None:
         raise InputError(
             f'value.start = "reward": {source!r} ({type(model).__name__}) is no causal decoder with a scalar head, '
@@ -290,9 +308,9 @@ def _decoder_with_head(source: str, placement: Placement) -> ScalarModel:
     return as_scalar(model)
 
 
-def check_same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, placement: Placement) -> None:
     """Raises InputError where the reward model's tokens do not mean what the policy's do."""
-    other = load_tokenizer(source, "rewards.model")
+    other = placement.tokenizer(source, "rewards.model")
     if other.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f'value.start = "reward": {source!r} has another tokenizer than policy.model, and the value model reads '

@@ -18,10 +18,11 @@ from tandem.config import RewardConfig
 from tandem.data.examples import Answered, Pair, endless_order, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.cards import RewardCard, make_probes, write_card
-from tandem.models.loading import check_length, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_scalar
 from tandem.models.scalar import ScalarModel, load_body
 from tandem.models.scoring import DecoderScorer
+from tandem.models.source import check_length, read_config
 from tandem.run import Progress, RunFolder
 from tandem.run.folder import check_free
 from tandem.run.interrupt import Interrupt
@@ -38,14 +39,15 @@ def run_reward(config: RewardConfig, progress: Progress) -> dict[str, Any]:
     check_free(Path(config.run.directory))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.compute.device)
-    tokenizer = load_tokenizer(config.model, "model")
+    trust = config.compute.trust_remote_code
+    tokenizer = load_tokenizer(config.model, "model", trust)
     rows = read_pairs(config.data, tokenizer, config.run.seed)
     for line in rows.report():
         progress.say(line)
+    answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
+    check_length(read_config(config.model, "model", trust), max(len(answer.ids) for answer in answers), "model")
     with progress.console.status("loading the model"):
         learner = build(config, device)
-    answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
-    check_length(learner.model.trunk.model, max(len(answer.ids) for answer in answers), "model")
     folder = RunFolder(Path(config.run.directory), config, config.run.trackers)
     budget = config.compute.tokens_per_microbatch
     steps = math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch)
@@ -102,7 +104,8 @@ class RewardLearner:
 
 def build(config: RewardConfig, device: torch.device) -> RewardLearner:
     """The model to start from with a scalar head: its own if it has one, else one that answers 0."""
-    start = load_body(config.model, "model", pick_dtype(config.compute.precision, device), device)
+    compute = config.compute
+    start = load_body(config.model, "model", pick_dtype(compute.precision, device), device, compute.trust_remote_code)
     start.head.requires_grad_(True)
     if config.adapters is None:
         return RewardLearner(start, list(start.trunk.decoder.requires_grad_(True).parameters()))

@@ -16,8 +16,9 @@ from tandem.config import SftConfig
 from tandem.data.examples import Example, endless_order, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import check_length, load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
+from tandem.models.source import check_length, read_config
 from tandem.models.trunk import Trunk
 from tandem.run import Progress, RunFolder
 from tandem.run.folder import check_free
@@ -35,13 +36,15 @@ def run_sft(config: SftConfig, progress: Progress) -> dict[str, Any]:
     check_free(Path(config.run.directory))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.compute.device)
-    tokenizer = load_tokenizer(config.model, "model")
+    trust = config.compute.trust_remote_code
+    tokenizer = load_tokenizer(config.model, "model", trust)
     rows = read_examples(config.data, tokenizer, config.run.seed)
     for line in rows.report():
         progress.say(line)
+    longest = max(len(example.ids) for example in [*rows.train, *rows.heldout])
+    check_length(read_config(config.model, "model", trust), longest, "model")
     with progress.console.status("loading the model"):
-        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device))
-    check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
+        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device, trust))
     adapter = None if config.adapters is None else "policy"
     if config.adapters is not None:
         parameters = trunk.add_adapter("policy", config.adapters)
