@@ -172,11 +172,12 @@ def test_a_field_is_text_or_its_row_is_named(value: Any):
         assert [dict(turn) for turn in found] == value
 
 
-@any_input(st.text())
+@any_input(st.text() | st.text(min_size=1).map(lambda text: text * 900))
 def test_a_message_is_one_line_that_a_terminal_can_show(text: str):
     said = one_line(text)
     assert len(said.splitlines()) <= 1
     assert said.isprintable()
+    assert len(said) <= 1200
     assert said == one_line(said)
 
 

@@ -3,6 +3,7 @@
 import re
 
 _LONGEST = 1200
+_LEFT_OUT = " ... "
 _LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 _NO_MEMORY = (
     "can't allocate memory",
@@ -50,9 +51,11 @@ class RewardError(RunError):
 def one_line(text: str) -> str:
     """Line breaks become spaces, what cannot be shown is escaped, and of a very long text the middle is left out."""
     flat = _LINE_BREAKS.sub(" ", text.strip())
-    if len(flat) > _LONGEST:
-        flat = f"{flat[: _LONGEST // 2]} ... {flat[-_LONGEST // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in flat)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in flat)
+    if len(shown) <= _LONGEST:
+        return shown
+    kept = (_LONGEST - len(_LEFT_OUT)) // 2
+    return f"{shown[:kept]}{_LEFT_OUT}{shown[-kept:]}"
 
 
 def reason_of(error: BaseException) -> str:

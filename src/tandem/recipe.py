@@ -60,17 +60,17 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
             raise InputError(
-                f"{word!r} was not understood: settings are given as --section.key value, after the recipe."
+                f"{_shown(word)} was not understood: settings are given as --section.key value, after the recipe."
             )
         name, equals, text = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                follows = f", and what follows is {rest[0]!r}" if rest else ""
-                raise InputError(f"--{name} needs a value{follows}; give --{name} VALUE or --{name}=VALUE.")
+                follows = f", and what follows is {_shown(rest[0])}" if rest else ""
+                raise InputError(f"--{_cut(name)} needs a value{follows}; give it as --{_cut(name)}=VALUE.")
             text = rest.pop(0)
         keys = name.replace("-", "_").split(".")
         if "" in keys:
-            raise InputError(f"{word!r} was not understood: its name has an empty part; --help lists every key.")
+            raise InputError(f"{_shown(word)} was not understood: its name has an empty part; --help lists every key.")
         yield keys, _toml_value(text)
 
 
