@@ -221,7 +221,7 @@ def cases() -> Iterator[Case]:
             if stage == "sft" or name in ("an adapter", "code of its own", "a missing shard"):
                 yield Case(f"{stage} model: {name}", _changed(stage, "model", change), (f"{MODEL[stage]} = ", *said))
     for name, change, *said in SCALAR:
-        said = said if "card" in name else ["rewards.", *said]
+        said = said if "card" in name else ["rewards.0.model = ", *said]
         yield Case(f"joint stage, reward model: {name}", _changed("ppo", "reward", change), tuple(said))
     for stage, key in MODEL.items():
         yield Case(

@@ -118,7 +118,7 @@ def build_joint(
     if config.sharing.mode == "head":
         return _head(config, sources, tokenizer, placement)
     models = _separate(config, sources, tokenizer, placement)
-    return models, {source: _load_reward(source, placement) for source in sources}
+    return models, {source: _load_reward(source, reward_key(config, source), placement) for source in sources}
 
 
 def _rule(config: PpoConfig) -> SamplingRule:
@@ -139,7 +139,7 @@ def _separate(
     policy, reference = CausalPolicy(trunk(), _rule(config)), CausalPolicy(trunk(), _reference_rule(config))
     if config.value.start == "reward":
         check_same_tokenizer(sources[0], tokenizer, placement)
-        start = _decoder_with_head(sources[0], placement)
+        start = _decoder_with_head(sources[0], reward_key(config, sources[0]), placement)
         _verify_transfer(sources[0], start, placement)
         value_trunk, head = start.trunk, value_head(config.value, start.head)
     else:
@@ -185,7 +185,7 @@ def _head(
         adapter, parameters, reference_trunk = "policy", trunk.add_adapter("policy", config.adapters), trunk
         trunk.share_below("policy")
     else:
-        rewards = {source: _load_reward(source, placement) for source in sources}
+        rewards = {source: _load_reward(source, reward_key(config, source), placement) for source in sources}
         adapter, parameters = None, list(trunk.model.requires_grad_(True).parameters())
         reference_trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
     policy = CausalPolicy(trunk, _rule(config), adapter)
@@ -205,7 +205,7 @@ def _rewards_beside(
     """Reward models as adapters of the policy's trunk where they are such, else as models of their own."""
     return {
         source: _reward_on_trunk(source, f"reward{index}", config.policy.model, trunk, tokenizer, placement)
-        or _load_reward(source, placement)
+        or _load_reward(source, reward_key(config, source), placement)
         for index, source in enumerate(sources)
     }
 
@@ -279,27 +279,34 @@ def _same_source(one: str, other: str) -> bool:
     return one == other or Path(one).resolve() == Path(other).resolve()
 
 
-def _load_reward(source: str, placement: Placement) -> RewardModel:
-    tokenizer = placement.tokenizer(source, "rewards.model")
-    model = placement.scalar(source, "rewards.model")
+def reward_key(config: PpoConfig, source: str) -> str:
+    """What a recipe calls the first reward that is this model."""
+    return next(f"rewards.{number}.model" for number, one in enumerate(config.rewards) if one.model == source)
+
+
+def _load_reward(source: str, key: str, placement: Placement) -> RewardModel:
+    tokenizer = placement.tokenizer(source, key)
+    model = placement.scalar(source, key)
     scorer: Scorer
     if head_of(model) is not None:
         scorer = DecoderScorer(as_scalar(model), placement.tokens_per_microbatch)
     else:
-        scorer = ClassifierScorer(model, _padding(source, tokenizer, model), placement.tokens_per_microbatch)
+        scorer = ClassifierScorer(
+            model, _padding(f"{key} = {source!r}", tokenizer, model), placement.tokens_per_microbatch
+        )
     return RewardModel(scorer, tokenizer, read_card(source), context_length(model))
 
 
-def _padding(source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+def _padding(named: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """An encoder is told by its attention mask what is padding; any id that it knows will do."""
     known = padding_id(tokenizer, model)
     if known is None:
-        raise InputError(f"rewards.model = {source!r}: its tokenizer has neither a padding nor an EOS token.")
+        raise InputError(f"{named}: its tokenizer has neither a padding nor an EOS token; give it one of them.")
     return known
 
 
-def _decoder_with_head(source: str, placement: Placement) -> ScalarModel:
-    model = placement.scalar(source, "rewards.model")
+def _decoder_with_head(source: str, key: str, placement: Placement) -> ScalarModel:
+    model = placement.scalar(source, key)
     if head_of(model) is None:
         raise InputError(
             f'value.start = "reward": {source!r} ({type(model).__name__}) is no causal decoder with a scalar head, '
@@ -310,7 +317,7 @@ def _decoder_with_head(source: str, placement: Placement) -> ScalarModel:
 
 def check_same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, placement: Placement) -> None:
     """Raises InputError where the reward model's tokens do not mean what the policy's do."""
-    other = placement.tokenizer(source, "rewards.model")
+    other = placement.tokenizer(source, "the reward model")
     if other.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f'value.start = "reward": {source!r} has another tokenizer than policy.model, and the value model reads '

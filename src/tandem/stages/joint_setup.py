@@ -17,7 +17,7 @@ from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
 from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.saving import save_policy, save_scalar
-from tandem.models.sharing import JointModels, Placement, RewardModel, build_joint
+from tandem.models.sharing import JointModels, Placement, RewardModel, build_joint, reward_key
 from tandem.models.source import check_labels, layer_count, positions, read_config
 from tandem.rewards.composition import Term, WeightedSum
 from tandem.rewards.function import FunctionReward, RewardFunction, load_function
@@ -181,11 +181,9 @@ def read_all_prompts(
 def check_models(config: PpoConfig, placement: Placement) -> None:
     """Raises InputError for what can be told of the models before data or weights are read."""
     trust = placement.trust_remote_code
-    for number, source in enumerate(config.rewards):
-        if source.model is not None:
-            key = f"rewards.{number}.model"
-            check_labels(source.model, key, trust)
-            placement.tokenizer(source.model, key)
+    for source in dict.fromkeys(source.model for source in config.rewards if source.model is not None):
+        check_labels(source, reward_key(config, source), trust)
+        placement.tokenizer(source, reward_key(config, source))
     upper = None if config.adapters is None else config.adapters.upper_layers
     if upper is not None:
         layers = layer_count(config.policy.model, "policy.model", trust)
