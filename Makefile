@@ -4,9 +4,11 @@ BIN := .venv/bin
 STORY_MODEL ?= ../shared/models/stories260K
 STORIES ?= ../shared/data/tinystories/train.jsonl
 DEMO_MODEL ?= $(HOME)/.cache/tandem/SmolLM2-135M-Instruct
+# How many inputs the fuzz run damages.
+CASES ?= 2000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults test lint format examples clean
+.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -32,6 +34,9 @@ ablation-demo: .venv/ready ## the same on the demo's task, after make demo-seeds
 
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults
+
+fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
+	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest

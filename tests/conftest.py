@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from tiny import save_tiny
 
@@ -35,6 +36,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[architecture]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a one-label classifier with the tokenizer of the tiny llama; its head answers at random."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny_reward")
+    config = AutoConfig.from_pretrained(tiny("llama"), num_labels=1, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

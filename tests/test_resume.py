@@ -255,7 +255,7 @@ def test_too_little_room_is_refused_before_training(tiny, tmp_path, capsys, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10))
     function, _ = self_ending_reward(tmp_path, 99)
     words = ppo_words(tmp_path, tiny(), f"--rewards.0.function={function}", "--value.start=policy")
-    assert "checkpoints at a time need" in refused(capsys, words)
+    assert "3 checkpoints at a time will take" in refused(capsys, words)
 
 
 def test_second_interrupt_stops_at_once_and_loses_no_saved_step(tiny, tmp_path):

@@ -104,9 +104,17 @@ def _run_stage(name: str, words: Sequence[str]) -> int:
     config = load_config(_STAGES[name], recipe, overrides)
     directory = str(run) if run is not None else config.run.directory.replace("{stage}", name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
-    summary = _with_progress(lambda progress: _stage_function(name)(config, progress, resume=run is not None))
+    summary = _with_progress(lambda progress: _within_memory(name, config, progress, resume=run is not None))
     print(f"{directory}: {_result(summary)}")
     return INTERRUPTED if summary["interrupted"] else DONE
+
+
+def _within_memory(name: str, config: Any, progress: Progress, *, resume: bool) -> dict[str, Any]:
+    """The stage; memory that runs out around its steps is told of as within them."""
+    from tandem.run.memory import memory_limits, steps_in, training_knobs
+
+    with memory_limits(f"tandem {name}", lambda: steps_in(Path(config.run.directory)), training_knobs(config)):
+        return _stage_function(name)(config, progress, resume=resume)
 
 
 def _stage_function(name: str) -> Callable[..., dict[str, Any]]:
@@ -173,29 +181,50 @@ def _add_generate(commands: Any) -> None:
         "--chat", action="store_true", help="put each prompt through the chat template as a user's turn"
     )
     command.add_argument("--max-new-tokens", type=_at_least_one, default=64)
-    command.add_argument("--temperature", type=_above_zero, default=1.0)
+    command.add_argument("--temperature", type=_temperature, default=1.0)
     command.add_argument("--top-k", type=_at_least_one, default=None, help="1 takes the likeliest token every time")
     command.add_argument("--top-p", type=_share, default=1.0)
     command.add_argument("--responses", type=_at_least_one, default=1, help="answers to each prompt")
-    command.add_argument("--seed", type=_from_zero, default=0)
+    command.add_argument("--seed", type=_seed, default=0)
     command.add_argument("--device", default="auto")
     command.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; only for models you trust",
+    )
     command.set_defaults(run=_run_generate)
 
 
 def _run_generate(known: argparse.Namespace, rest: Sequence[str]) -> int:
     _refuse_rest(rest)
-    prompts = known.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    prompts = known.prompt or _lines_of_input()
     if not prompts:
         raise InputError("no prompt: give --prompt TEXT, or prompts on standard input, one a line.")
     quiet_libraries()
+    from tandem.run.memory import memory_limits
     from tandem.stages.generate import GenerateSettings, run_generate
 
     names = set(GenerateSettings.__dataclass_fields__)
     settings = GenerateSettings(**{name: value for name, value in vars(known).items() if name in names})
-    for rollout in run_generate(settings, prompts):
+    knobs = {
+        f"--{name.replace('_', '-')} {getattr(known, name)}": "lower it" for name in ("responses", "max_new_tokens")
+    }
+    with memory_limits("tandem generate", lambda: 0, knobs):
+        rollouts = run_generate(settings, prompts)
+    for rollout in rollouts:
         print(f"> {rollout.prompt.row['prompt']}\n{rollout.text.strip()}\n")
     return DONE
+
+
+def _lines_of_input() -> list[str]:
+    try:
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input is not UTF-8 text (it holds the byte {error.object[error.start]:#x}); give prompts as "
+            "UTF-8, one a line."
+        ) from None
 
 
 def _add_demo(commands: Any) -> None:
@@ -210,7 +239,7 @@ def _add_demo(commands: Any) -> None:
         "--model", help="directory or hub id of a causal language model (default: SmolLM2-135M-Instruct)"
     )
     command.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    command.add_argument("--seed", type=_from_zero, default=0)
+    command.add_argument("--seed", type=_seed, default=0)
     command.add_argument("--quick", action="store_true", help="a few steps only, to see that it runs")
     command.set_defaults(run=_run_demo)
 
@@ -225,7 +254,7 @@ def _run_demo(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _refuse_rest(rest: Sequence[str]) -> None:
     if rest:
-        raise InputError(f"{' '.join(rest)!r} was not understood.")
+        raise InputError(f"{' '.join(rest)!r} was not understood; --help lists what is.")
 
 
 def _number(text: str, kind: Any, allowed: Callable[[Any], bool], words: str) -> Any:
@@ -238,21 +267,17 @@ def _number(text: str, kind: Any, allowed: Callable[[Any], bool], words: str) ->
     return value
 
 
-def _from_zero(text: str) -> int:
-    return int(_number(text, int, lambda value: value >= 0, "a whole number from 0"))
+def _seed(text: str) -> int:
+    return int(_number(text, int, lambda value: 0 <= value < 2**32, f"a whole number from 0 to {2**32 - 1}"))
 
 
 def _at_least_one(text: str) -> int:
-    return int(_number(text, int, lambda value: value >= 1, "a whole number from 1"))
+    return int(_number(text, int, lambda value: 1 <= value < 2**31, f"a whole number from 1 to {2**31 - 1}"))
 
 
-def _above_zero(text: str) -> float:
-    return _number(
-        text,
-        float,
-        lambda value: 0 < value < float("inf"),
-        "a number above 0 (for the likeliest token: --top-k 1)",
-    )
+def _temperature(text: str) -> float:
+    words = "a number above 0, from 0.01 to 100 (for the likeliest token: --top-k 1)"
+    return float(_number(text, float, lambda value: 0.01 <= value <= 100, words))
 
 
 def _share(text: str) -> float:

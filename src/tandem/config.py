@@ -9,14 +9,32 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tandem.consistency import impossible, without_effect
+
+_LONGEST_NAME = 255
+
+
+def _possible_name(text: str) -> str:
+    """A file, folder, model or data set can be called so."""
+    if "\0" in text:
+        raise ValueError(f"{text!r} holds a zero byte, which no name can; take it out")
+    longest = max(text.split("/"), key=len)
+    if len(longest.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"{longest[:40]!r}... is longer than the {_LONGEST_NAME} bytes that a name can have; shorten it"
+        )
+    return text
+
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Passes = Annotated[float, Field(gt=0, le=10_000)]
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
+NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_possible_name)]
 
 
 class Section(BaseModel):
@@ -26,8 +44,8 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run is kept."""
 
-    directory: str = Field("runs/{stage}", description="the run's folder; {stage} is the command's name")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    directory: NonEmpty = Field("runs/{stage}", description="the run's folder; {stage} is the command's name")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         ["tensorboard"], description="where metrics go besides metrics.jsonl"
     )
@@ -66,6 +84,9 @@ class ComputeSection(Section):
         "Master weights and optimiser state are float32 either way",
     )
     tokens_per_microbatch: Count = Field(4096, description="tokens (with padding) in one forward and backward")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with a model; only for models you trust"
+    )
 
 
 class OptimizerSection(Section):
@@ -78,7 +99,7 @@ class OptimizerSection(Section):
     warmup_fraction: Fraction = Field(0.0, description="share of all updates over which lr rises from zero")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.999], description="AdamW's decay rates"
     )
 
@@ -105,16 +126,19 @@ class AdapterSection(Section):
     )
 
 
+ROW_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
+
+
 class RowsSection(Section):
     """Rows in."""
 
-    train: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
-    eval: str | None = Field(None, description="held-out rows; unset: eval_fraction of train is held out")
+    train: NonEmpty = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
+    eval: NonEmpty | None = Field(None, description="held-out rows; unset: eval_fraction of train is held out")
     eval_fraction: Fraction = Field(0.1, description="share of train held out where eval is unset")
-    split: str = Field("train", description="split of train, where it is a hub data set")
-    eval_split: str = Field("test", description="split of eval, where it is a hub data set")
+    split: NonEmpty = Field("train", description="split of train, where it is a hub data set")
+    eval_split: NonEmpty = Field("test", description="split of eval, where it is a hub data set")
     columns: dict[str, str] = Field({}, description="standard name -> name in the data, for other conventions")
-    max_tokens: Count = Field(1024, description="longest sequence, prompt and answer together")
+    max_tokens: Annotated[Count, Field(ge=2)] = Field(1024, description="longest sequence, prompt and answer together")
     too_long: Literal["refuse", "truncate", "drop"] = Field(
         "refuse",
         description="what to do with a longer row; truncated and dropped rows are counted and reported",
@@ -125,12 +149,24 @@ class RowsSection(Section):
         "dropped ones are counted and reported",
     )
 
+    @model_validator(mode="after")
+    def _meant(self) -> Self:
+        for name in self.columns:
+            if name not in ROW_COLUMNS:
+                raise ValueError(
+                    f"columns.{name} renames to no standard name; those are {', '.join(ROW_COLUMNS)} "
+                    "(standard name = name in the data)"
+                )
+        if self.eval is not None and self.eval_fraction != type(self).model_fields["eval_fraction"].default:
+            raise ValueError("eval_fraction has no effect here: eval gives the held-out rows; leave it out")
+        return self
+
 
 class SftConfig(Section):
     """Supervised fine-tuning: the likelihood of the given answers."""
 
-    model: str = Field(description="directory or hub id of a causal language model")
-    epochs: Positive = Field(1.0, description="passes over the data")
+    model: NonEmpty = Field(description="directory or hub id of a causal language model")
+    epochs: Passes = Field(1.0, description="passes over the data")
     sequences_per_minibatch: Count = Field(32, description="sequences in one optimiser step")
     eval_every: Count = Field(50, description="steps between evaluations on held-out rows")
     data: RowsSection
@@ -144,8 +180,8 @@ class SftConfig(Section):
 class RewardConfig(Section):
     """Reward model from preferences: Bradley-Terry."""
 
-    model: str = Field(description="directory or hub id to start from, causal or one-label classifier")
-    epochs: Positive = Field(1.0, description="passes over the data")
+    model: NonEmpty = Field(description="directory or hub id to start from, causal or one-label classifier")
+    epochs: Passes = Field(1.0, description="passes over the data")
     pairs_per_minibatch: Count = Field(32, description="preference pairs in one optimiser step")
     every_token_weight: NonNegative = Field(
         0.0,
@@ -165,10 +201,10 @@ class RewardConfig(Section):
 class PromptsSection(Section):
     """Prompts in."""
 
-    prompts: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
-    eval_prompts: str | None = Field(None, description="held-out prompts, measured before and after")
-    split: str = Field("train", description="split of prompts, where they are a hub data set")
-    eval_split: str = Field("test", description="split of eval_prompts, where they are a hub data set")
+    prompts: NonEmpty = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
+    eval_prompts: NonEmpty | None = Field(None, description="held-out prompts, measured before and after")
+    split: NonEmpty = Field("train", description="split of prompts, where they are a hub data set")
+    eval_split: NonEmpty = Field("test", description="split of eval_prompts, where they are a hub data set")
     columns: dict[str, str] = Field({}, description="standard name -> name in the data, for other conventions")
     max_prompt_tokens: Count = Field(1024, description="longest prompt")
     too_long: Literal["refuse", "drop"] = Field(
@@ -182,7 +218,7 @@ class RolloutSection(Section):
     prompts_per_step: Count = Field(32, description="prompts in one step")
     responses_per_prompt: Count = Field(1, description="responses sampled for each prompt")
     max_new_tokens: Count = Field(128, description="longest response")
-    temperature: Positive = Field(1.0, description="divides the logits, here and in every log-probability")
+    temperature: Temperature = Field(1.0, description="divides the logits, here and in every log-probability")
     top_k: Count | None = Field(None, description="sample among the k likeliest tokens only")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="sample among the likeliest tokens that together reach this probability"
@@ -258,7 +294,7 @@ class AdvantageSection(Section):
 class PolicySection(OptimizerSection):
     """The policy's side of the joint update."""
 
-    model: str = Field(description="directory or hub id of a causal language model")
+    model: NonEmpty = Field(description="directory or hub id of a causal language model")
     loss: Literal["ppo", "a2c", "book"] = Field(
         "ppo",
         description="ppo: clipped ratio. a2c: log-probability times advantage. book: the textbook's clip, which "
@@ -319,7 +355,7 @@ class AdaptiveSection(Section):
 class PretrainingSection(Section):
     """Value learning on rollouts that an earlier run saved, before anything is sampled."""
 
-    rollouts: str = Field(description="a run's rollouts folder, or one of its .jsonl files")
+    rollouts: NonEmpty = Field(description="a run's rollouts folder, or one of its .jsonl files")
     epochs: Count = Field(1, description="passes over them; a tenth is held out to measure the explained variance")
 
 
@@ -354,9 +390,9 @@ class ValueSection(OptimizerSection):
 class RewardSource(Section):
     """One term of the reward: a model, a Python function or a server, times its weight."""
 
-    model: str | None = Field(None, description="directory or hub id of a one-label sequence classifier")
-    function: str | None = Field(None, description="module:function or path/to/file.py:function")
-    url: str | None = Field(None, description="http(s) address of a reward server (docs/remote-rewards.md)")
+    model: NonEmpty | None = Field(None, description="directory or hub id of a one-label sequence classifier")
+    function: NonEmpty | None = Field(None, description="module:function or path/to/file.py:function")
+    url: NonEmpty | None = Field(None, description="http(s) address of a reward server (docs/remote-rewards.md)")
     weight: float = Field(1.0, description="multiplies the term")
     center: bool = Field(
         False, description="take off the mean score of responses that the reference gave before training"

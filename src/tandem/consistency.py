@@ -37,6 +37,8 @@ def impossible(config: PpoConfig) -> Iterator[str]:
             'policy.loss = "a2c" has no clip, so further epochs on the same rollouts go astray; set policy.epochs = 1, '
             "or policy.max_approx_kl"
         )
+    if all(source.weight == 0 for source in config.rewards):
+        yield "every reward has the weight 0, so there is nothing to learn; give one of them another weight"
     if score.normalize == "running" and any(source.center for source in config.rewards):
         yield 'score.normalize = "running" takes the mean off anyway; leave center out'
     if config.kl.target is not None and config.kl.coefficient == 0:

@@ -8,10 +8,12 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from tandem.config import PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError
@@ -75,14 +77,18 @@ def is_finished(run: Path) -> bool:
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises InputError where there is no such file or it is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such recipe.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{path}: cannot be read as a recipe ({error.strerror}).") from None
+        raise InputError(f"{path}: there is no such recipe; give the path of a TOML file.") from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read as a recipe ({error.strerror}); give the path of a TOML file."
+        ) from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text, so not a TOML recipe.") from None
-    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text, so not a TOML recipe; save it as UTF-8.") from None
+    except RecursionError:
+        raise InputError(f"{path}: is not a recipe: its values are nested too deeply.") from None
+    except ValueError as error:
         raise InputError(f"{path}: is not valid TOML: {error}.") from None
 
 
@@ -93,21 +99,31 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
             raise InputError(
-                f"{word!r} was not understood: settings are given as --section.key value, after the recipe."
+                f"{_shown(word)} was not understood: settings are given as --section.key value, after the recipe."
             )
         name, equals, text = word[2:].partition("=")
         if not equals:
-            if not rest:
-                raise InputError(f"--{name} needs a value.")
+            if not rest or rest[0].startswith("--"):
+                follows = f", and what follows is {_shown(rest[0])}" if rest else ""
+                raise InputError(f"--{_cut(name)} needs a value{follows}; give it as --{_cut(name)}=VALUE.")
             text = rest.pop(0)
-        yield name.replace("-", "_").split("."), _toml_value(text)
+        keys = name.replace("-", "_").split(".")
+        if "" in keys:
+            raise InputError(f"{_shown(word)} was not understood: its name has an empty part; --help lists every key.")
+        yield keys, _toml_value(text)
 
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return found["value"] if found.keys() == {"value"} else text
+
+
+def _index(key: str) -> int | None:
+    """The key as a place in a list, or None where it is none."""
+    return int(key) if key.isascii() and key.isdigit() and len(key) < 10 else None
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
@@ -115,16 +131,15 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for here, key in enumerate(path):
         last = here == len(path) - 1
         if isinstance(node, list):
-            if not key.isdigit() or int(key) > len(node):
+            slot: Any = _index(key)
+            if slot is None or slot > len(node):
                 raise InputError(f"--{'.'.join(path)}: {key!r} must be an index from 0 to {len(node)}.")
-            if int(key) == len(node):
+            if slot == len(node):
                 node.append({})
-            slot: Any = int(key)
         elif isinstance(node, dict):
             slot = key
             if not last:
-                following_is_index = path[here + 1].isdigit()
-                node.setdefault(key, [] if following_is_index else {})
+                node.setdefault(key, {} if _index(path[here + 1]) is None else [])
         else:
             raise InputError(f"--{'.'.join(path)}: {'.'.join(path[:here])} is a value, not a section.")
         if last:
@@ -134,28 +149,51 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _explain(error: ValidationError, kind: type[BaseModel], origin: str) -> str:
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        given, message = problem["input"], problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            known = [name for name, _ in fields_of(kind)]
-            close = difflib.get_close_matches(where, known, n=1, cutoff=0.6)
-            leaf = [name for name in known if name.rpartition(".")[2] == where.rpartition(".")[2]]
-            hint = (close or leaf)[:1]
-            meant = f"; did you mean {hint[0]}?" if hint else "; --help lists every key"
-            lines.append(f"{where} = {_shown(given)} is not a known key{meant}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where} is missing and has no default")
-        elif problem["type"] == "value_error":
-            lines.append(f"{where}: {message}" if where else message)
-        else:
-            lines.append(f"{where} = {_shown(given)}: {message[0].lower()}{message[1:]}")
-    return f"{origin}: " + "; ".join(lines) + "."
+    return f"{origin}: " + "; ".join(_problem(found, kind) for found in error.errors()) + "."
+
+
+def _problem(found: ErrorDetails, kind: type[BaseModel]) -> str:
+    """One thing that is wrong: where, what was given, what is allowed."""
+    where = ".".join(str(part) for part in found["loc"])
+    given, message = found["input"], found["msg"].removeprefix("Value error, ")
+    match found["type"]:
+        case "extra_forbidden":
+            return f"{_cut(where)} = {_shown(given)} is not a known key{_meant(where, kind)}"
+        case "missing":
+            return f"{where} is missing and has no default; give it as --{where} VALUE or in the recipe"
+        case "value_error":
+            return f"{where}: {message}" if where else message
+        case "model_type":
+            return f"{where} = {_shown(given)}: must be a section of keys, such as --{where}.KEY VALUE or [{where}]"
+        case "list_type" if isinstance(given, dict):
+            return f"{where} = {_shown(given)}: must be a list; in a recipe its items are written as [[{where}]]"
+        case "string_type" if isinstance(given, bool | int | float | date | time):
+            return f"{where} = {_shown(given)}: must be text; quote it"
+    return f"{_cut(where)} = {_shown(given)}: {message[0].lower()}{message[1:]}"
+
+
+def _meant(where: str, kind: type[BaseModel]) -> str:
+    """What an unknown key may have been meant to be."""
+    places = [part for part in where.split(".") if part.isdigit()]
+    fields = [name for name, _ in fields_of(kind)]
+    sections = {name.rpartition(".")[0] for name in fields if "." in name}
+    as_first = ".".join("0" if part.isdigit() else part for part in where.split("."))
+    close = difflib.get_close_matches(as_first, [*fields, *sections], n=1, cutoff=0.6)
+    same_leaf = [name for name in fields if name.rpartition(".")[2] == where.rpartition(".")[2]]
+    if not (close or same_leaf):
+        return "; --help lists every key"
+    hint = (close or same_leaf)[0]
+    return f"; did you mean {hint.replace('.0.', f'.{places[0]}.') if places else hint}?"
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        return _cut(repr(value))
+    except (ValueError, RecursionError):
+        return "a value too large to show"
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 

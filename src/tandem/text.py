@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tandem.errors import InputError
+from tandem.errors import ConversationError, InputError, reason_of
 
 Message = Mapping[str, str]
 Text = str | Sequence[Message]
@@ -16,7 +16,8 @@ Text = str | Sequence[Message]
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reply_follows: bool) -> str:
     """A conversation as text; `reply_follows` opens the assistant's next turn.
 
-    Raises InputError where the tokenizer has no chat template or the template refuses the conversation.
+    Raises InputError where the tokenizer has no chat template, ConversationError where the template refuses the
+    conversation.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -27,9 +28,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], repl
         turns = [dict(message) for message in messages]
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply_follows))
     except Exception as error:
-        raise InputError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses a conversation: {error}; it begins "
-            f"{messages[0] if messages else 'with nothing'!r}."
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConversationError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses this conversation ({roles}): {reason_of(error)}; "
+            "change its turns, or take a model with another template."
         ) from error
 
 

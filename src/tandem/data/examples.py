@@ -45,13 +45,17 @@ Item = TypeVar("Item", Example, Pair)
 
 @dataclass(frozen=True)
 class SplitRows(Generic[Item]):
-    """What trains, what is held out, and how many rows were truncated, dropped for their length, or dropped as bad."""
+    """What trains, what is held out, and how many rows were truncated, dropped for their length, or dropped as bad.
+
+    `learns_end`: whether the tokenizer has an EOS for the rows to end in.
+    """
 
     train: list[Item]
     heldout: list[Item]
     truncated: int
     dropped: int
     bad: int
+    learns_end: bool
 
     def report(self) -> list[str]:
         """What happened to rows that are not as they were given, for the person to read."""
@@ -59,6 +63,9 @@ class SplitRows(Generic[Item]):
             f"{self.truncated} rows were longer than data.max_tokens and truncated.": self.truncated,
             f"{self.dropped} rows were longer than data.max_tokens and dropped.": self.dropped,
             f"{self.bad} rows could not be used and were dropped (data.bad_rows).": self.bad,
+            "The tokenizer has no EOS token, so no answer's end is learnt: answers will stop only at a length limit.": (
+                not self.learns_end
+            ),
         }
         return [line for line, count in said.items() if count]
 
@@ -70,12 +77,15 @@ def read_examples(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: i
     """
     counts = {"truncated": 0, "dropped": 0, "bad": 0}
 
-    def read(source: str, key: str, split: str) -> list[Example]:
-        rows = read_rows(source, key, split, data.columns)
-        examples = _usable(rows, lambda row: _fit_example(row, _example(row, tokenizer), data, counts), data, counts)
-        return _not_empty(examples, source, key)
+    def make(row: Row) -> Example | None:
+        with row.named():
+            example = _example(row, tokenizer)
+        return _fit_example(row, example, data, counts)
 
-    return _split(read, data, seed, counts, key=id)
+    def read(source: str, key: str, split: str) -> list[Example]:
+        return _usable(read_rows(source, key, split, data.columns), make, data, counts, f"{key} = {source!r}")
+
+    return _split(read, data, seed, counts, key=id, learns_end=tokenizer.eos_token_id is not None)
 
 
 def _split(
@@ -84,36 +94,41 @@ def _split(
     seed: int,
     counts: dict[str, int],
     key: Callable[[Item], Any],
+    learns_end: bool,
 ) -> SplitRows[Item]:
     train = read(data.train, "data.train", data.split)
     if data.eval is not None:
-        return SplitRows(train, read(data.eval, "data.eval", data.eval_split), **counts)
+        return SplitRows(train, read(data.eval, "data.eval", data.eval_split), **counts, learns_end=learns_end)
     train, heldout = hold_out(train, data.eval_fraction, seed, key)
-    return SplitRows(train, heldout, **counts)
+    return SplitRows(train, heldout, **counts, learns_end=learns_end)
 
 
 def _usable(
-    rows: Sequence[Row], make: Callable[[Row], Item | None], data: RowsSection, counts: dict[str, int]
+    rows: Sequence[Row], make: Callable[[Row], Item | None], data: RowsSection, counts: dict[str, int], named: str
 ) -> list[Item]:
-    """What the rows make, but for those that were dropped, which are counted."""
+    """What the rows make, but for those that were dropped, which are counted.
+
+    Raises InputError where none is left; `named` says which source that is.
+    """
     made: list[Item] = []
+    first = ""
     for row in rows:
         try:
             item = make(row)
-        except BadRowError:
+        except BadRowError as error:
             if data.bad_rows == "refuse":
                 raise
             counts["bad"] += 1
+            first = first or f" The first bad one: {error}"
             continue
         if item is not None:
             made.append(item)
+    if not made:
+        raise InputError(
+            f"{named}: no row is left: all were dropped as bad (data.bad_rows) or longer than data.max_tokens = "
+            f"{data.max_tokens}; raise it, or give other rows.{first}"
+        )
     return made
-
-
-def _not_empty(items: list[Item], source: str, key: str) -> list[Item]:
-    if not items:
-        raise InputError(f"{key} = {source!r}: no row is left: all were dropped as bad or longer than data.max_tokens.")
-    return items
 
 
 def _example(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -121,7 +136,7 @@ def _example(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
     if "messages" in columns:
         messages = row.text("messages")
         if isinstance(messages, str) or not any(message["role"] == "assistant" for message in messages):
-            raise row.refuse("'messages' must be a conversation in which the assistant speaks.")
+            raise row.refuse("'messages' must be a conversation in which the assistant speaks; add its turn.")
         ids, taught = conversation_ids(tokenizer, messages)
     elif "prompt" in columns and "completion" in columns:
         ids, taught = taught_ids(tokenizer, row.text("prompt"), _answer(row, "completion"))
@@ -141,19 +156,22 @@ def _answer(row: Row, column: str) -> str:
     if isinstance(value, str):
         return value
     if len(value) != 1 or value[0]["role"] != "assistant":
-        raise row.refuse(f"{column!r} must be text or one turn of the assistant.")
-    return value[0]["content"]
+        roles = ", ".join(turn["role"] for turn in value)
+        raise row.refuse(f"{column!r} must be text or one turn of the assistant, and its turns are {roles}.")
+    return _said(row, value[0])
 
 
 def _fit_example(row: Row, example: Example, data: RowsSection, counts: dict[str, int]) -> Example | None:
     length = len(example.ids)
+    if not any(example.taught[1:]):
+        raise row.refuse("has nothing to learn: the tokenizer reads no token in it that follows another.")
     if length <= data.max_tokens:
         return example
     if data.too_long == "truncate":
-        counts["truncated"] += 1
         cut = Example(example.ids[: data.max_tokens], example.taught[: data.max_tokens])
-        if not any(cut.taught):
+        if not any(cut.taught[1:]):
             raise row.refuse(f"cut to data.max_tokens = {data.max_tokens} it has nothing left to learn; raise it.")
+        counts["truncated"] += 1
         return cut
     _drop_or_refuse(row, length, data, counts)
     return None
@@ -163,8 +181,8 @@ def _drop_or_refuse(row: Row, length: int, data: RowsSection, counts: dict[str, 
     if data.too_long == "drop":
         counts["dropped"] += 1
         return
-    raise row.refuse(
-        f"has {length} tokens and data.max_tokens is {data.max_tokens}; raise it, or set data.too_long to "
+    raise InputError(
+        f"{row.place}: has {length} tokens and data.max_tokens is {data.max_tokens}; raise it, or set data.too_long to "
         '"truncate" or "drop".'
     )
 
@@ -176,12 +194,15 @@ def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int)
     """
     counts = {"truncated": 0, "dropped": 0, "bad": 0}
 
-    def read(source: str, key: str, split: str) -> list[Pair]:
-        rows = read_rows(source, key, split, data.columns)
-        pairs = _usable(rows, lambda row: _fit_pair(row, _pair(row, tokenizer), data, counts), data, counts)
-        return _not_empty(pairs, source, key)
+    def make(row: Row) -> Pair | None:
+        with row.named():
+            pair = _pair(row, tokenizer)
+        return _fit_pair(row, pair, data, counts)
 
-    return _split(read, data, seed, counts, key=lambda pair: pair.prompt)
+    def read(source: str, key: str, split: str) -> list[Pair]:
+        return _usable(read_rows(source, key, split, data.columns), make, data, counts, f"{key} = {source!r}")
+
+    return _split(read, data, seed, counts, key=lambda pair: pair.prompt, learns_end=True)
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> Pair:
@@ -199,7 +220,19 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> Pair:
         first, second = (_after_prompt(row, prompt, answer) for answer in (chosen, rejected))
     else:
         prompt, first, second = _implicit_prompt(row, chosen, rejected)
-    return Pair(repr(prompt), _answered(tokenizer, prompt, first), _answered(tokenizer, prompt, second))
+    return _apart(row, Pair(repr(prompt), _answered(tokenizer, prompt, first), _answered(tokenizer, prompt, second)))
+
+
+def _apart(row: Row, pair: Pair) -> Pair:
+    """The pair, whose answers a model can tell apart. Raises BadRowError where they are the same tokens to it."""
+    if pair.chosen.ids == pair.rejected.ids:
+        raise row.refuse(
+            "'chosen' and 'rejected' are the same tokens to the model, so the row prefers nothing; mend it, or set "
+            'data.bad_rows = "drop".'
+        )
+    if min(len(pair.chosen.ids), len(pair.rejected.ids)) < 2:
+        raise row.refuse("prompt and answer together are one token, so there is no answer to score; lengthen them.")
+    return pair
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str) -> Answered:
@@ -224,13 +257,24 @@ def _after_prompt(row: Row, prompt: Text, answer: Text) -> str:
 
 def _one_turn(row: Row, turns: Sequence[Mapping[str, str]]) -> str:
     if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise row.refuse("after the prompt, an answer must be one turn of the assistant.")
-    return turns[0]["content"]
+        raise row.refuse(
+            "after the prompt, an answer must be one turn of the assistant, and is "
+            f"{', '.join(turn['role'] for turn in turns) or 'nothing'}."
+        )
+    return _said(row, turns[0])
+
+
+def _said(row: Row, turn: Mapping[str, str]) -> str:
+    if not turn["content"].strip():
+        raise row.refuse("an answer is empty: its assistant's turn has no content; write it, or drop the row.")
+    return turn["content"]
 
 
 def _implicit_prompt(row: Row, chosen: Text, rejected: Text) -> tuple[Text, str, str]:
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise row.refuse("'prompt' is missing; only conversations may leave it to what both answers begin with.")
+        raise row.refuse(
+            "'prompt' is missing or null; only conversations may leave it to what both answers begin with."
+        )
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -244,8 +288,10 @@ def _fit_pair(row: Row, pair: Pair, data: RowsSection, counts: dict[str, int]) -
     if longest <= data.max_tokens:
         return pair
     if data.too_long == "truncate":
+        shorter = (_cut(answered, data.max_tokens) for answered in (pair.chosen, pair.rejected))
+        cut = _apart(row, Pair(pair.prompt, *shorter))
         counts["truncated"] += 1
-        return Pair(pair.prompt, _cut(pair.chosen, data.max_tokens), _cut(pair.rejected, data.max_tokens))
+        return cut
     _drop_or_refuse(row, longest, data, counts)
     return None
 

@@ -46,19 +46,23 @@ def read_prompts(
                 'raise it, or set data.too_long = "drop".'
             )
     if not prompts:
-        raise InputError(f"{key} = {source!r}: every prompt is longer than data.max_prompt_tokens.")
+        raise InputError(
+            f"{key} = {source!r}: every prompt is longer than data.max_prompt_tokens = {limits.max_prompt_tokens}; "
+            "raise it."
+        )
     return prompts, dropped
 
 
 def make_prompt(text: Text, tokenizer: PreTrainedTokenizerBase, row: Row) -> Prompt:
     """A prompt as the policy reads it. Raises InputError where it has no tokens or ends as an answer."""
     if not isinstance(text, str) and text[-1]["role"] == "assistant":
-        raise row.refuse("'prompt' ends with the assistant's turn, so there is nothing to answer.")
-    ids = prompt_ids(tokenizer, text)
+        raise row.refuse("'prompt' ends with the assistant's turn, so there is nothing to answer; end it before.")
+    with row.named():
+        ids, read = prompt_ids(tokenizer, text), prompt_text(tokenizer, text)
     if not ids:
-        raise row.refuse("'prompt' has no tokens.")
+        raise row.refuse("'prompt' has no tokens; the tokenizer reads nothing in it.")
     messages = None if isinstance(text, str) else tuple(text)
-    return Prompt(tuple(ids), prompt_text(tokenizer, text), messages, row.columns)
+    return Prompt(tuple(ids), read, messages, row.columns)
 
 
 def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:

@@ -22,7 +22,8 @@ from tandem.demo.gold import gold
 from tandem.demo.report import print_report, save_plot, summarise
 from tandem.errors import InputError
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import layer_count, load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.source import layer_count
 from tandem.models.trunk import Trunk
 from tandem.recipe import load_config
 from tandem.rollout import TorchGenerator

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tandem.config import AdapterSection
-from tandem.errors import InputError
+from tandem.errors import InputError, reason_of
 from tandem.models.loading import REWARD_CARD
 from tandem.models.scoring import Scorer
 
@@ -68,6 +68,15 @@ def read_card(source: str) -> RewardCard | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         adapter = content["adapter"] and AdapterSection(**content["adapter"])
-        return RewardCard(**content | {"adapter": adapter, "probes": [Probe(**probe) for probe in content["probes"]]})
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged: {error}.") from error
+        probes = [Probe([int(token) for token in probe["ids"]], float(probe["score"])) for probe in content["probes"]]
+        accuracy = content["heldout_accuracy"]
+        numbers = {
+            "heldout_accuracy": None if accuracy is None else float(accuracy),
+            "heldout_pairs": int(content["heldout_pairs"]),
+        }
+        return RewardCard(**content | numbers | {"base": str(content["base"]), "adapter": adapter, "probes": probes})
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({reason_of(error)}); copy the reward model's folder again, or "
+            "remove this file to use the model without what it says."
+        ) from error

@@ -1,13 +1,13 @@
-"""Models and tokenizers from directories or the hub, with errors that a person can act on."""
+"""Tokenizers and weights from directories or the hub, with errors that a person can act on."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tandem.errors import InputError
+from tandem.errors import InputError, reason_of
+from tandem.models.source import check_labels, check_tokenizer_files, is_classifier, loading, positions, read_config
 
 REWARD_CARD = "tandem.json"
 
@@ -24,13 +25,15 @@ def pick_device(name: str) -> torch.device:
     """Raises InputError where the device is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"compute.device = {name!r}: allowed are auto, cpu, cuda and cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type != "cuda":
         raise InputError(f"compute.device = {name!r}: allowed are auto, cpu, cuda and cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"compute.device = {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; "
             "set it to auto or cpu."
@@ -46,98 +49,118 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32 if precision == "float32" else torch.bfloat16
 
 
-def load_tokenizer(source: str, key: str) -> PreTrainedTokenizerBase:
-    """`key` is the configuration's name for this model, for messages."""
-    check_source(source, key)
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise InputError(f"{key} = {source!r}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+def load_tokenizer(source: str, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """`key` is the configuration's name for this model, for messages.
+
+    Raises InputError where it cannot be loaded, or knows tokens that the model has no embeddings for.
+    """
+    config = read_config(source, key, trust_remote_code)
+    check_tokenizer_files(source, key)
+    named = f"{key} = {source!r}: its tokenizer"
+    with loading(named, source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(f"{named} knows no tokens but special ones; save the model's own in its folder.")
+    embedded = getattr(config.get_text_config(), "vocab_size", None)
+    if embedded is not None and tokenizer.vocab_size > embedded:
+        raise InputError(
+            f"{named} knows {tokenizer.vocab_size} tokens and its model embeds {embedded}, so they do not belong "
+            "together; save the model's own tokenizer in its folder, or enlarge the embedding."
+        )
+    return tokenizer
 
 
-def load_causal(source: str, key: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_causal(
+    source: str, key: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A causal language model, without dropout. Raises InputError where it cannot be loaded whole."""
-    return _load(AutoModelForCausalLM, source, key, dtype, device)
+    if is_classifier(source, key, trust_remote_code):
+        raise InputError(
+            f"{key} = {source!r} is a sequence classifier, such as a reward or value model, and a causal language "
+            "model is needed here; give the model that it was trained from, or one by `tandem sft`."
+        )
+    return _load(AutoModelForCausalLM, source, key, dtype, device, trust_remote_code)
 
 
-def load_scalar(source: str, key: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_scalar(
+    source: str, key: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A one-label sequence classifier whose head is part of what was saved.
 
     Raises InputError where the model has no such head or more than one label.
     """
-    labels = getattr(_config(source, key), "num_labels", None)
-    if labels != 1:
-        raise InputError(
-            f"{key} = {source!r} has {labels} labels; a reward model is a sequence classifier with one. "
-            "Train one with `tandem reward`."
+    check_labels(source, key, trust_remote_code)
+    return _load(AutoModelForSequenceClassification, source, key, dtype, device, trust_remote_code)
+
+
+def _load(
+    kind: Any, source: str, key: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Weights from safetensors, or else from a pickle.
+
+    transformers (5.16 and newer) hands a pickle to torch.load with weights_only, which makes tensors and plain
+    containers of it and refuses whatever else it would call, so that loading one runs nothing that came with it.
+    """
+    named = f"{key} = {source!r}"
+    with loading(named, source):
+        model, report = kind.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            weights_only=True,
         )
-    return _load(AutoModelForSequenceClassification, source, key, dtype, device)
-
-
-def is_classifier(source: str, key: str) -> bool:
-    """Whether what was saved is a sequence classifier rather than a language model."""
-    architectures = getattr(_config(source, key), "architectures", None) or [""]
-    return architectures[0].endswith("ForSequenceClassification")
-
-
-def check_source(source: str, key: str) -> None:
-    """A path that looks local must exist: raises InputError before the hub is asked for it."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").exists():
-        raise InputError(f"{key} = {source!r}: the folder holds no config.json, so it is no saved model.")
-    if looks_local and not path.exists():
-        raise InputError(f"{key} = {source!r}: there is no such folder.")
-
-
-def _config(source: str, key: str) -> Any:
-    check_source(source, key)
-    try:
-        return AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise InputError(f"{key} = {source!r} cannot be loaded: {_first_line(error)}") from error
-
-
-def _load(kind: Any, source: str, key: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    check_source(source, key)
-    try:
-        model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except Exception as error:
-        raise InputError(f"{key} = {source!r} cannot be loaded: {_first_line(error)}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise InputError(
-            f"{key} = {source!r} lacks {len(missing)} of the weights that {type(model).__name__} needs "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), so it is not such a model."
-        )
+    _check_whole(model, report, named)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text if len(text) <= 300 else text[:297] + "..."
+def _check_whole(model: PreTrainedModel, report: Mapping[str, Any], named: str) -> None:
+    """Raises InputError where weights are missing, of another shape than the configuration says, or not finite."""
+    if report["mismatched_keys"]:
+        name, saved, needed = sorted(report["mismatched_keys"])[0]
+        raise InputError(
+            f"{named}: {len(report['mismatched_keys'])} of its weights have another shape than its config.json says, "
+            f"first {name}: {list(saved)} instead of {list(needed)}; the two files are not of one model."
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"{named} lacks {len(missing)} of the weights that {type(model).__name__} needs ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}), so it is not such a model, or not whole; give one that is."
+        )
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"{named}: the weight {name} holds numbers that are not finite, so nothing that it computes is a "
+                "number; give a checkpoint from before it diverged."
+            )
 
 
-def layer_count(source: str, key: str) -> int:
-    """Layers of a saved model. Raises InputError where it cannot be read."""
-    return int(_config(source, key).get_text_config().num_hidden_layers)
+def runs_own_code(model: PreTrainedModel) -> bool:
+    """Whether a model's class came with its weights rather than with transformers."""
+    return type(model).__module__.startswith("transformers_modules.")
+
+
+def check_classifier(model: PreTrainedModel) -> None:
+    """Raises InputError where no sequence classifier of a model's kind can be made: scalar models are saved as one."""
+    try:
+        with torch.device("meta"):
+            AutoModelForSequenceClassification.from_config(
+                copy.deepcopy(model.config), trust_remote_code=runs_own_code(model)
+            )
+    except Exception as error:
+        raise InputError(
+            f"{model.name_or_path!r} ({type(model).__name__}) has no sequence classifier of its kind, as which reward "
+            f"and value models are saved ({reason_of(error)}); take a model of an architecture that has one."
+        ) from error
 
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Positions that the model can read, or None where its configuration sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-def check_length(model: PreTrainedModel, longest: int, key: str) -> None:
-    """Raises InputError where the longest sequence is more than the model reads."""
-    limit = context_length(model)
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"the longest sequence has {longest} tokens, and {key} reads {limit}; lower data.max_tokens with "
-            'data.too_long = "truncate" or "drop".'
-        )
+    return positions(model.config)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int | None:

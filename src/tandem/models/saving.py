@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -19,8 +20,8 @@ from transformers import (
 )
 
 from tandem.config import AdapterSection
-from tandem.errors import InputError
-from tandem.models.loading import padding_id
+from tandem.errors import InputError, reason_of
+from tandem.models.loading import padding_id, runs_own_code
 from tandem.models.scalar import ScalarModel
 from tandem.models.trunk import Trunk
 
@@ -68,7 +69,7 @@ def _write_note(folder: Path, note: dict[str, Any]) -> None:
 def _save(kind: Any, config: Any, state: dict[str, Tensor], trunk: Trunk, folder: Path) -> None:
     dtype = trunk.model.dtype
     with torch.device("meta"):
-        shell = kind.from_config(config, dtype=dtype)
+        shell = kind.from_config(config, dtype=dtype, trust_remote_code=runs_own_code(trunk.model))
     shell.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True, strict=False)
     shell.tie_weights()
     unfilled = [name for name, tensor in shell.state_dict().items() if tensor.is_meta]
@@ -111,13 +112,18 @@ def load_adapter(trunk: Trunk, name: str, settings: AdapterSection, folder: Path
     """
     try:
         saved = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: the adapter cannot be read: {error}") from error
-    weight = saved.pop(f"base_model.model.{_SCORE}")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: the adapter cannot be read: {reason_of(error)}. Copy the reward model's folder again, whole."
+        ) from error
+    weight = saved.pop(f"base_model.model.{_SCORE}", None)
     trunk.add_adapter(name, settings)
     _, own = trunk.adapter_state(name)
-    if own.keys() != saved.keys() or any(own[key].shape != saved[key].shape for key in own):
-        raise InputError(f"{folder}: the adapter was not trained on {trunk.model.name_or_path!r}; its layers differ.")
+    if weight is None or own.keys() != saved.keys() or any(own[key].shape != saved[key].shape for key in own):
+        raise InputError(
+            f"{folder}: the adapter was not trained on {trunk.model.name_or_path!r} (its layers differ); set "
+            'policy.model to the base that it was trained on, or sharing.mode = "separate".'
+        )
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from tandem.algo import Histogram
 from tandem.errors import InputError
-from tandem.models.loading import is_classifier, load_causal, load_scalar
+from tandem.models.loading import check_classifier, load_causal, load_scalar
+from tandem.models.source import is_classifier
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
 
@@ -107,18 +108,21 @@ def as_scalar(model: PreTrainedModel) -> ScalarModel:
     return ScalarModel(Trunk(model), own.requires_grad_(False))
 
 
-def load_body(source: str, key: str, dtype: torch.dtype, device: torch.device) -> ScalarModel:
+def load_body(
+    source: str, key: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> ScalarModel:
     """A causal language model or a one-label decoder classifier, as a scalar model.
 
     A classifier keeps its head; a language model gets one that answers 0.
     """
-    if is_classifier(source, key):
-        model = load_scalar(source, key, dtype, device)
+    if is_classifier(source, key, trust_remote_code):
+        model = load_scalar(source, key, dtype, device, trust_remote_code)
         if head_of(model) is None:
             raise InputError(
                 f"{key} = {source!r} ({type(model).__name__}) is no causal decoder with a scalar head; start from a "
                 "causal language model, or from a reward model that is built on one."
             )
         return as_scalar(model)
-    trunk = Trunk(load_causal(source, key, dtype, device))
+    trunk = Trunk(load_causal(source, key, dtype, device, trust_remote_code))
+    check_classifier(trunk.model)
     return ScalarModel(trunk, zero_head(trunk.model.config.hidden_size, device))

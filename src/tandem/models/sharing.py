@@ -20,7 +20,14 @@ from tandem.config import AdapterSection, PpoConfig, ValueSection
 from tandem.errors import InputError
 from tandem.models.cards import RewardCard, probe_scores, read_card
 from tandem.models.causal import CausalPolicy, SamplingRule
-from tandem.models.loading import context_length, load_causal, load_scalar, load_tokenizer, padding_id
+from tandem.models.loading import (
+    check_classifier,
+    context_length,
+    load_causal,
+    load_scalar,
+    load_tokenizer,
+    padding_id,
+)
 from tandem.models.saving import ADAPTER_FOLDER, load_adapter
 from tandem.models.scalar import ScalarModel, as_scalar, head_of, zero_head
 from tandem.models.scoring import ClassifierScorer, DecoderScorer, Scorer
@@ -84,11 +91,21 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how models compute."""
+    """Where and how models compute, and whether Python code that comes with them is run."""
 
     device: torch.device
     dtype: torch.dtype
     tokens_per_microbatch: int
+    trust_remote_code: bool
+
+    def causal(self, source: str, key: str) -> PreTrainedModel:
+        return load_causal(source, key, self.dtype, self.device, self.trust_remote_code)
+
+    def scalar(self, source: str, key: str) -> PreTrainedModel:
+        return load_scalar(source, key, self.dtype, self.device, self.trust_remote_code)
+
+    def tokenizer(self, source: str, key: str) -> PreTrainedTokenizerBase:
+        return load_tokenizer(source, key, self.trust_remote_code)
 
 
 def build_joint(
@@ -101,7 +118,7 @@ def build_joint(
     if config.sharing.mode == "head":
         return _head(config, sources, tokenizer, placement)
     models = _separate(config, sources, tokenizer, placement)
-    return models, {source: _load_reward(source, placement) for source in sources}
+    return models, {source: _load_reward(source, reward_key(config, source), placement) for source in sources}
 
 
 def _rule(config: PpoConfig) -> SamplingRule:
@@ -117,12 +134,12 @@ def _separate(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> JointModels:
     def trunk() -> Trunk:
-        return Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+        return Trunk(placement.causal(config.policy.model, "policy.model"))
 
     policy, reference = CausalPolicy(trunk(), _rule(config)), CausalPolicy(trunk(), _reference_rule(config))
     if config.value.start == "reward":
-        check_same_tokenizer(sources[0], tokenizer)
-        start = _decoder_with_head(sources[0], placement)
+        check_same_tokenizer(sources[0], tokenizer, placement)
+        start = _decoder_with_head(sources[0], reward_key(config, sources[0]), placement)
         _verify_transfer(sources[0], start, placement)
         value_trunk, head = start.trunk, value_head(config.value, start.head)
     else:
@@ -139,7 +156,7 @@ def _separate(
 def _adapters(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> tuple[JointModels, dict[str, RewardModel]]:
-    trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+    trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
     rewards = _rewards_beside(trunk, config, sources, tokenizer, placement)
     settings = config.adapters or AdapterSection()
     policy_parameters = trunk.add_adapter("policy", settings)
@@ -162,15 +179,15 @@ def _adapters(
 def _head(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> tuple[JointModels, dict[str, RewardModel]]:
-    trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+    trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
     if config.adapters is not None:
         rewards = _rewards_beside(trunk, config, sources, tokenizer, placement)
         adapter, parameters, reference_trunk = "policy", trunk.add_adapter("policy", config.adapters), trunk
         trunk.share_below("policy")
     else:
-        rewards = {source: _load_reward(source, placement) for source in sources}
+        rewards = {source: _load_reward(source, reward_key(config, source), placement) for source in sources}
         adapter, parameters = None, list(trunk.model.requires_grad_(True).parameters())
-        reference_trunk = Trunk(load_causal(config.policy.model, "policy.model", placement.dtype, placement.device))
+        reference_trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
     policy = CausalPolicy(trunk, _rule(config), adapter)
     head = value_head(config.value, _unknowing_head(trunk, placement))
     value = ScalarModel(trunk, head, adapter, histogram_of(config.value))
@@ -188,12 +205,13 @@ def _rewards_beside(
     """Reward models as adapters of the policy's trunk where they are such, else as models of their own."""
     return {
         source: _reward_on_trunk(source, f"reward{index}", config.policy.model, trunk, tokenizer, placement)
-        or _load_reward(source, placement)
+        or _load_reward(source, reward_key(config, source), placement)
         for index, source in enumerate(sources)
     }
 
 
 def _unknowing_head(trunk: Trunk, placement: Placement) -> nn.Linear:
+    check_classifier(trunk.model)
     return zero_head(trunk.model.config.get_text_config().hidden_size, placement.device)
 
 
@@ -250,7 +268,7 @@ def _reward_on_trunk(
     folder = Path(source) / ADAPTER_FOLDER
     if card is None or card.adapter is None or not folder.is_dir() or not _same_source(card.base, policy_model):
         return None
-    check_same_tokenizer(source, tokenizer)
+    check_same_tokenizer(source, tokenizer, placement)
     head = load_adapter(trunk, name, card.adapter, folder)
     scorer = DecoderScorer(ScalarModel(trunk, head, adapter=name), placement.tokens_per_microbatch)
     _compare(source, card, scorer, placement)
@@ -261,27 +279,34 @@ def _same_source(one: str, other: str) -> bool:
     return one == other or Path(one).resolve() == Path(other).resolve()
 
 
-def _load_reward(source: str, placement: Placement) -> RewardModel:
-    tokenizer = load_tokenizer(source, "rewards.model")
-    model = load_scalar(source, "rewards.model", placement.dtype, placement.device)
+def reward_key(config: PpoConfig, source: str) -> str:
+    """What a recipe calls the first reward that is this model."""
+    return next(f"rewards.{number}.model" for number, one in enumerate(config.rewards) if one.model == source)
+
+
+def _load_reward(source: str, key: str, placement: Placement) -> RewardModel:
+    tokenizer = placement.tokenizer(source, key)
+    model = placement.scalar(source, key)
     scorer: Scorer
     if head_of(model) is not None:
         scorer = DecoderScorer(as_scalar(model), placement.tokens_per_microbatch)
     else:
-        scorer = ClassifierScorer(model, _padding(source, tokenizer, model), placement.tokens_per_microbatch)
+        scorer = ClassifierScorer(
+            model, _padding(f"{key} = {source!r}", tokenizer, model), placement.tokens_per_microbatch
+        )
     return RewardModel(scorer, tokenizer, read_card(source), context_length(model))
 
 
-def _padding(source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+def _padding(named: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """An encoder is told by its attention mask what is padding; any id that it knows will do."""
     known = padding_id(tokenizer, model)
     if known is None:
-        raise InputError(f"rewards.model = {source!r}: its tokenizer has neither a padding nor an EOS token.")
+        raise InputError(f"{named}: its tokenizer has neither a padding nor an EOS token; give it one of them.")
     return known
 
 
-def _decoder_with_head(source: str, placement: Placement) -> ScalarModel:
-    model = load_scalar(source, "rewards.model", placement.dtype, placement.device)
+def _decoder_with_head(source: str, key: str, placement: Placement) -> ScalarModel:
+    model = placement.scalar(source, key)
     if head_of(model) is None:
         raise InputError(
             f'value.start = "reward": {source!r} ({type(model).__name__}) is no causal decoder with a scalar head, '
@@ -290,9 +315,9 @@ def _decoder_with_head(source: str, placement: Placement) -> ScalarModel:
     return as_scalar(model)
 
 
-def check_same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, placement: Placement) -> None:
     """Raises InputError where the reward model's tokens do not mean what the policy's do."""
-    other = load_tokenizer(source, "rewards.model")
+    other = placement.tokenizer(source, "the reward model")
     if other.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f'value.start = "reward": {source!r} has another tokenizer than policy.model, and the value model reads '

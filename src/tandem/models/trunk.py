@@ -63,7 +63,10 @@ class Trunk:
         """Add a LoRA adapter that starts as the identity; returns its parameters."""
         upper = settings.upper_layers or len(self._blocks)
         if upper > len(self._blocks):
-            raise InputError(f"adapters.upper_layers = {upper}, but the model has {len(self._blocks)} layers.")
+            raise InputError(
+                f"adapters.upper_layers = {upper}, but the model has {len(self._blocks)} layers; set at most that, or "
+                "leave it out for all."
+            )
         first = self._first_layers[name] = len(self._blocks) - upper
         targets = [name for block in self._linear_names[first:] for name in block]
         self._lora_configs[name] = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)

@@ -39,14 +39,17 @@ def load_function(name: str) -> RewardFunction:
     try:
         module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except ModuleNotFoundError as error:
-        raise InputError(f"reward function {name!r}: {error}.") from error
+        raise InputError(f"reward function {name!r}: {error}; install it, or give path/to/file.py:function.") from error
     except FileNotFoundError:
-        raise InputError(f"reward function {name!r}: there is no file {source}.") from None
-    except Exception as error:
-        raise InputError(f"reward function {name!r}: importing {source} raised {error!r}.") from error
+        raise InputError(
+            f"reward function {name!r}: there is no file {source}, seen from {Path.cwd()}; mend the path."
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise InputError(f"reward function {name!r}: importing {source} raised {error!r}; mend it.") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise InputError(f"reward function {name!r}: {source} has no function {attribute!r}.")
+        has = ", ".join(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        raise InputError(f"reward function {name!r}: {source} has no function {attribute!r}; it has {has or 'none'}.")
     return function
 
 

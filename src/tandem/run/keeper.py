@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tandem.config import CheckpointSection
-from tandem.errors import InputError, Interrupted, RunError
+from tandem.errors import Interrupted, RunError
 from tandem.run.checkpoints import Kept, Snapshot, kept_checkpoints, write_checkpoint
 from tandem.run.signals import Terminated
+from tandem.run.space import check_space
 
 SLOW_UPDATE_SECONDS = 10.0
 
@@ -120,13 +121,8 @@ class Keeper:
         copies = self._settings.keep + 1 + (self._settings.best_metric is not None)
         # An optimiser that has not stepped has no moments yet; AdamW has two for each weight.
         weights = sum(tensor.nbytes for name, tensor in snapshot.tensors.items() if name.endswith(".weight"))
-        needed = 3 * weights * copies - sum(_bytes(one.path) for one in self._kept)
-        free = shutil.disk_usage(self._folder.parent).free
-        if free < needed:
-            raise InputError(
-                f"{self._folder.parent} has {free / 2**30:.2f} GiB free, and {copies} checkpoints at a time need about "
-                f"{needed / 2**30:.2f} GiB; make room, choose another run.directory, or lower checkpoints.keep."
-            )
+        there = sum(_bytes(one.path) for one in self._kept)
+        check_space(self._folder.parent, 3 * weights * copies - there, f"{copies} checkpoints at a time")
 
     def _due(self, step: int) -> bool:
         every = self._settings.every_steps

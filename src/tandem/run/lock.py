@@ -36,8 +36,8 @@ def claimed(path: Path) -> Iterator[None]:
 
 def _make(path: Path) -> list[Path]:
     """The folders that had to be made, innermost first."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(

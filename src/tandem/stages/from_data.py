@@ -19,6 +19,7 @@ from tandem.run.disk import writing
 from tandem.run.faults import Faults, diagnosis
 from tandem.run.lock import claimed
 from tandem.run.machine import machine_record
+from tandem.run.memory import memory_limits
 from tandem.run.random_state import random_numbers, random_tensors, restore_random
 from tandem.run.record import Recipe
 from tandem.run.signals import Signals
@@ -33,7 +34,8 @@ class Lesson(Generic[Item]):
 
     `order` gives items for ever, the same every time; `learn` takes one optimiser step on a minibatch and returns its
     metrics; `measure` returns metrics on held-out rows; `write_down` is what is kept of an item whose step is skipped;
-    `save` writes the model, as far as training has come; `facts` are the lesson's own lines of the summary.
+    `save` writes the model, as far as training has come; `facts` are the lesson's own lines of the summary;
+    `memory_knobs` are the settings that make it need less.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Lesson(Generic[Item]):
     save: Callable[[Path, Standing], None]
     facts: Callable[[Standing], Mapping[str, Any]]
     headline: Sequence[str]
+    memory_knobs: Mapping[str, str]
     device: torch.device
 
 
@@ -195,7 +198,7 @@ def step(training: Training[Item], standing: Standing, items: Sequence[Item]) ->
     lesson.engine.set_progress(standing.step, lesson.steps)
     metrics = {"train/lr": lesson.engine.lr}
     try:
-        with training.folder.keeper.updating():
+        with memory_limits("the update", number, lesson.memory_knobs), training.folder.keeper.updating():
             metrics |= lesson.learn(items)
     except NotFinite as fault:
         faults = standing.faults.after_fault()

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tandem.data.prompts import make_prompt
 from tandem.data.rows import Row
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy, SamplingRule
-from tandem.models.loading import context_length, load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.source import positions, read_config
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
-from tandem.text import Text, decoder
-from tandem.types import Rollout
+from tandem.text import decoder
+from tandem.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class GenerateSettings:
     seed: int
     device: str
     precision: str
+    trust_remote_code: bool
 
 
 def run_generate(settings: GenerateSettings, prompts: Sequence[str]) -> list[Rollout]:
@@ -40,19 +43,20 @@ def run_generate(settings: GenerateSettings, prompts: Sequence[str]) -> list[Rol
     Raises InputError for a model that cannot be loaded or a prompt that does not fit it.
     """
     device = pick_device(settings.device)
-    tokenizer = load_tokenizer(settings.model, "model")
-    texts: list[Text] = [[{"role": "user", "content": text}] if settings.chat else text for text in prompts]
+    trust = settings.trust_remote_code
+    tokenizer = load_tokenizer(settings.model, "model", trust)
     ready = [
-        make_prompt(text, tokenizer, Row({"prompt": prompt}, f"prompt {number}"))
-        for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True), start=1)
+        read_prompt(Row({"prompt": prompt}, f"prompt {number}"), tokenizer, settings.chat)
+        for number, prompt in enumerate(prompts, start=1)
     ]
-    model = load_causal(settings.model, "model", pick_dtype(settings.precision, device), device)
-    limit, longest = context_length(model), max(len(prompt.ids) for prompt in ready)
+    limit = positions(read_config(settings.model, "model", trust))
+    longest = max(len(prompt.ids) for prompt in ready)
     if limit is not None and longest + settings.max_new_tokens > limit:
         raise InputError(
             f"the longest prompt has {longest} tokens and --max-new-tokens is {settings.max_new_tokens}, together more "
-            f"than the {limit} that the model reads."
+            f"than the {limit} that the model reads; lower one of them."
         )
+    model = load_causal(settings.model, "model", pick_dtype(settings.precision, device), device, trust)
     policy = CausalPolicy(Trunk(model), SamplingRule(settings.temperature, settings.top_k, settings.top_p))
     generator = TorchGenerator(
         policy,
@@ -63,3 +67,12 @@ def run_generate(settings: GenerateSettings, prompts: Sequence[str]) -> list[Rol
         random=torch.Generator(device=device).manual_seed(settings.seed),
     )
     return generator.generate([prompt for prompt in ready for _ in range(settings.responses)])
+
+
+def read_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Prompt:
+    """A row's prompt as it is, or with `chat` as what a user says."""
+    text = row.text("prompt")
+    if chat:
+        assert isinstance(text, str)
+        text = ({"role": "user", "content": text},)
+    return make_prompt(text, tokenizer, row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,10 @@ from tandem.data.prompts import PromptLimits, read_prompts
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
-from tandem.models.loading import context_length, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.saving import save_policy, save_scalar
-from tandem.models.sharing import JointModels, Placement, RewardModel, build_joint
+from tandem.models.sharing import JointModels, Placement, RewardModel, build_joint, reward_key
+from tandem.models.source import check_labels, layer_count, positions, read_config
 from tandem.rewards.composition import Term, WeightedSum
 from tandem.rewards.function import FunctionReward, RewardFunction, load_function
 from tandem.rewards.model import ModelReward
@@ -99,14 +100,17 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
     `offsets` are those of the reward's terms, where they were found before.
     """
     functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
-    device = pick_device(config.compute.device)
-    placement = Placement(device, pick_dtype(config.compute.precision, device), config.compute.tokens_per_microbatch)
-    tokenizer = load_tokenizer(config.policy.model, "policy.model")
+    device, compute = pick_device(config.compute.device), config.compute
+    dtype = pick_dtype(compute.precision, device)
+    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code)
+    tokenizer = placement.tokenizer(config.policy.model, "policy.model")
+    check_models(config, placement)
     limits = PromptLimits(config.data.max_prompt_tokens, config.data.too_long)
     prompts = read_all_prompts(config, tokenizer, limits, progress)
+    check_context(config, [*prompts[0], *prompts[1]])
     with progress.console.status("loading the models"):
         models, reward_models = build_joint(config, tokenizer, placement)
-    check_context(config, models, [*prompts[0], *prompts[1]])
+    check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
     sampling = torch.Generator(device=device).manual_seed(config.run.seed)
     generator = make_generator(models.policy, tokenizer, config, sampling)
@@ -210,17 +214,52 @@ def read_all_prompts(
     return found[0], found[1]
 
 
-def check_context(config: PpoConfig, models: JointModels, prompts: Sequence[Prompt]) -> None:
+def check_models(config: PpoConfig, placement: Placement) -> None:
+    """Raises InputError for what can be told of the models before data or weights are read."""
+    trust = placement.trust_remote_code
+    for source in dict.fromkeys(source.model for source in config.rewards if source.model is not None):
+        check_labels(source, reward_key(config, source), trust)
+        placement.tokenizer(source, reward_key(config, source))
+    upper = None if config.adapters is None else config.adapters.upper_layers
+    if upper is not None:
+        layers = layer_count(config.policy.model, "policy.model", trust)
+        if upper > layers:
+            raise InputError(
+                f"adapters.upper_layers = {upper}, but policy.model has {layers} layers; set at most that, or leave it "
+                "out for all."
+            )
+
+
+def check_context(config: PpoConfig, prompts: Sequence[Prompt]) -> None:
     """Raises InputError where prompt and response together do not fit the policy or the value model."""
     longest = max(len(prompt.ids) for prompt in prompts)
-    for name, trunk in (("policy.model", models.policy.trunk), ("the value model", models.value.trunk)):
-        limit = context_length(trunk.model)
+    readers = {"policy.model": config.policy.model}
+    if config.value.start == "reward":
+        readers["the value model"] = next(source.model for source in config.rewards if source.model)
+    for name, source in readers.items():
+        limit = positions(read_config(source, name, config.compute.trust_remote_code))
         if limit is not None and longest + config.rollout.max_new_tokens > limit:
             raise InputError(
                 f"the longest prompt has {longest} tokens and rollout.max_new_tokens is "
                 f"{config.rollout.max_new_tokens}, together more than the {limit} that {name} reads; lower "
                 'data.max_prompt_tokens with data.too_long = "drop", or rollout.max_new_tokens.'
             )
+
+
+def check_end(config: PpoConfig, stop_ids: Collection[int], progress: Progress) -> None:
+    """Warn where nothing ends a response: to write on to a fixed length can be meant.
+
+    Raises InputError where responses that do not end are penalised, since all of them would be.
+    """
+    if stop_ids:
+        return
+    said = "policy.model has no EOS token, in its tokenizer or generation_config.json, so no response ends by itself"
+    if config.score.missing_eos_penalty > 0:
+        raise InputError(
+            f"{said}, and score.missing_eos_penalty would be taken off every one; leave it out, or give the tokenizer "
+            "its eos_token."
+        )
+    progress.warn(f"{said}: every one has rollout.max_new_tokens = {config.rollout.max_new_tokens} tokens.")
 
 
 def introduce(reward_models: dict[str, RewardModel], progress: Progress) -> None:

@@ -22,6 +22,7 @@ from tandem.run.disk import writing
 from tandem.run.faults import diagnosis
 from tandem.run.lock import claimed
 from tandem.run.machine import machine_record
+from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
 from tandem.run.start import start_of
 from tandem.stages.finite import check_scores
@@ -132,7 +133,7 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
     judged: Judged | None = None
     try:
         with run.signals.may_give_up():
-            with clock("rollout"):
+            with clock("rollout"), memory_limits("sampling", number, sampling_knobs(config)):
                 sampled = stage.generator.generate(repeat(prompts, config.rollout.responses_per_prompt))
             with clock("score"):
                 everything = stage.reward.score(sampled)
@@ -142,7 +143,7 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
                 run.progress.warn(
                     f"step {number}: {skipped} of {len(sampled)} samples have no score; {everything.fault}."
                 )
-            with clock("evaluate"):
+            with clock("evaluate"), memory_limits("the evaluation", number, training_knobs(config)):
                 scored = state.with_scores(scores)
                 judged = judge(stage, config, scored, rollouts, scores)
                 if number == 1:
@@ -150,7 +151,8 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
             if number % config.save_rollouts_every == 0:
                 kept = rollouts[: config.rollouts_to_save]
                 run.folder.save_rollouts(f"step_{number:06d}", records(kept, judged, scores, stage.tokenizer))
-        with clock("update"), run.folder.keeper.updating():
+        limits = memory_limits("the update", number, training_knobs(config))
+        with clock("update"), limits, run.folder.keeper.updating():
             after, metrics = learn(stage, config, scored, judged)
             metrics |= skipped_metric(config.rewards, skipped)
     except NotFinite as fault:

@@ -17,11 +17,13 @@ from tandem.config import RewardConfig
 from tandem.data.examples import Answered, Pair, endless_order, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.cards import RewardCard, make_probes, write_card
-from tandem.models.loading import check_length, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_scalar
 from tandem.models.scalar import ScalarModel, load_body
 from tandem.models.scoring import DecoderScorer
+from tandem.models.source import check_length, read_config
 from tandem.run import Progress
+from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
 from tandem.stages.from_data import Lesson, run_from_data
 from tandem.types import whole_texts
@@ -39,14 +41,15 @@ def run_reward(config: RewardConfig, progress: Progress, *, resume: bool = False
 def prepare(config: RewardConfig, progress: Progress) -> Lesson[Pair]:
     """Load pairs and model; the pairs come in a new random order for each pass, those of a prompt side by side."""
     device = pick_device(config.compute.device)
-    tokenizer = load_tokenizer(config.model, "model")
+    trust = config.compute.trust_remote_code
+    tokenizer = load_tokenizer(config.model, "model", trust)
     rows = read_pairs(config.data, tokenizer, config.run.seed)
     for line in rows.report():
         progress.say(line)
+    answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
+    check_length(read_config(config.model, "model", trust), max(len(answer.ids) for answer in answers), "model")
     with progress.console.status("loading the model"):
         learner = build(config, device)
-    answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
-    check_length(learner.model.trunk.model, max(len(answer.ids) for answer in answers), "model")
     engine, budget = learner.engine(config), config.compute.tokens_per_microbatch
     return Lesson(
         name="reward model",
@@ -67,6 +70,7 @@ def prepare(config: RewardConfig, progress: Progress) -> Lesson[Pair]:
             "heldout_pairs": len(rows.heldout),
         },
         headline=["loss", "accuracy"],
+        memory_knobs=training_knobs(config),
         device=device,
     )
 
@@ -87,7 +91,8 @@ class RewardLearner:
 
 def build(config: RewardConfig, device: torch.device) -> RewardLearner:
     """The model to start from with a scalar head: its own if it has one, else one that answers 0."""
-    start = load_body(config.model, "model", pick_dtype(config.compute.precision, device), device)
+    compute = config.compute
+    start = load_body(config.model, "model", pick_dtype(compute.precision, device), device, compute.trust_remote_code)
     start.head.requires_grad_(True)
     if config.adapters is None:
         return RewardLearner(start, list(start.trunk.decoder.requires_grad_(True).parameters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tandem.config import PpoConfig
-from tandem.errors import InputError
+from tandem.errors import InputError, reason_of
 from tandem.models.loading import context_length
 from tandem.models.trunk import Trunk
 from tandem.stages.step import Judged
@@ -95,7 +96,10 @@ def read_saved(config: PpoConfig) -> list[SavedRollout]:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"value.pretraining.rollouts: {file} cannot be read ({error}).") from None
+            raise InputError(
+                f"value.pretraining.rollouts: {file} cannot be read ({reason_of(error)}); give the rollouts "
+                "folder of a joint run."
+            ) from None
         found += [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
     prompts = len({one.rollout.prompt.ids for one in found})
     if prompts < 10:
@@ -135,14 +139,22 @@ def split_by_prompt(saved: Sequence[SavedRollout], seed: int) -> tuple[list[Save
 def _parse(line: str, where: str) -> SavedRollout:
     try:
         row = json.loads(line)
-        prompt = Prompt(ids=tuple(row["prompt_ids"]), text=row["prompt"], messages=None, row={})
-        rollout = Rollout(prompt, tuple(row["ids"]), tuple(row["behaviour_logprobs"]), row["response"], row["ended"])
-        process = tuple(row["process_rewards"]) if "process_rewards" in row else None
+        prompt = Prompt(_whole_numbers(row["prompt_ids"]), str(row["prompt"]), messages=None, row={})
+        ids, logprobs = _whole_numbers(row["ids"]), tuple(map(float, row["behaviour_logprobs"]))
+        process = tuple(map(float, row["process_rewards"])) if "process_rewards" in row else None
+        if any(len(part) != len(ids) for part in (logprobs, process) if part is not None):
+            raise ValueError(f"{len(ids)} ids, and not as many behaviour_logprobs or process_rewards")
+        rollout = Rollout(prompt, ids, logprobs, str(row["response"]), bool(row["ended"]))
         return SavedRollout(rollout, float(row["score"]), process)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
-            f"{where}: is no rollout that a run of this version saved ({type(error).__name__}: {error})."
+            f"{where}: is no rollout that a run of this version saved ({reason_of(error)}); "
+            "give the rollouts folder of a joint run."
         ) from None
+
+
+def _whole_numbers(found: Any) -> tuple[int, ...]:
+    return tuple(map(operator.index, found))
 
 
 def as_scored(saved: Sequence[SavedRollout]) -> tuple[list[Rollout], Scores]:

@@ -15,10 +15,12 @@ from tandem.config import AdapterSection, SftConfig
 from tandem.data.examples import Example, endless_order, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import check_length, load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
+from tandem.models.source import check_length, read_config
 from tandem.models.trunk import Trunk
 from tandem.run import Progress
+from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
 from tandem.stages.from_data import Lesson, run_from_data
 from tandem.types import split_by_tokens, whole_texts
@@ -35,13 +37,15 @@ def run_sft(config: SftConfig, progress: Progress, *, resume: bool = False) -> d
 def prepare(config: SftConfig, progress: Progress) -> Lesson[Example]:
     """Load rows and model; all weights train, or an adapter."""
     device = pick_device(config.compute.device)
-    tokenizer = load_tokenizer(config.model, "model")
+    trust = config.compute.trust_remote_code
+    tokenizer = load_tokenizer(config.model, "model", trust)
     rows = read_examples(config.data, tokenizer, config.run.seed)
     for line in rows.report():
         progress.say(line)
+    longest = max(len(example.ids) for example in [*rows.train, *rows.heldout])
+    check_length(read_config(config.model, "model", trust), longest, "model")
     with progress.console.status("loading the model"):
-        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device))
-    check_length(trunk.model, max(len(example.ids) for example in [*rows.train, *rows.heldout]), "model")
+        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device, trust))
     adapter, parameters = trained_part(trunk, config.adapters)
     model, budget = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter), config.compute.tokens_per_microbatch
     engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer)
@@ -62,6 +66,7 @@ def prepare(config: SftConfig, progress: Progress) -> Lesson[Example]:
             "heldout": {"rows": len(rows.heldout), "before": reached.before, "after": reached.heldout},
         },
         headline=["loss"],
+        memory_knobs=training_knobs(config),
         device=device,
     )
 
