@@ -296,7 +296,7 @@ def test_waiting_leaves_the_random_state_of_the_run_alone(serve):
 
 def test_an_address_that_cannot_be_asked_is_refused():
     with pytest.raises(InputError, match="is no address of a server"):
-        RemoteReward(RewardSource(url="http://a\x00b/"), decode)
+        RemoteReward(RewardSource(url="http://a\x7fb/"), decode)
 
 
 PROMPTS = ["the sea is", "a good film is", "a quiet story is", "the slow child", "what is an evening", "a bad one"]

@@ -25,11 +25,21 @@ FUNCTIONS = [
     ("an error at import", "1 / 0\n" + GOOD, "reward", "ZeroDivisionError"),
     ("an exit at import", "raise SystemExit(0)\n", "reward", "SystemExit"),
     ("too few scores", GOOD.replace("[0.5] * len(responses)", "[0.5]"), "reward", "returned 1 scores for"),
-    ("one score", GOOD.replace("[0.5] * len(responses)", "0.5"), "reward", "not iterable"),
-    ("nothing", GOOD.replace("[0.5] * len(responses)", "None"), "reward", "not iterable"),
+    (
+        "one score",
+        GOOD.replace("[0.5] * len(responses)", "0.5"),
+        "reward",
+        "returned 0.5",
+        "one answer for each response",
+    ),
+    (
+        "nothing",
+        GOOD.replace("[0.5] * len(responses)", "None"),
+        "reward",
+        "returned None",
+        "one answer for each response",
+    ),
     ("words", GOOD.replace("0.5", "'good'"), "reward", "must return numbers", "'good'"),
-    ("not a number", GOOD.replace("0.5", "float('nan')"), "reward", "returned nan", "must be finite"),
-    ("infinity", GOOD.replace("0.5", "float('inf')"), "reward", "returned inf", "must be finite"),
     ("an exception", GOOD.replace("[0.5]", "[{}['score']]"), "reward", "KeyError('score')"),
     ("other arguments", "def reward(responses):\n    return [0.5] * len(responses)\n", "reward", "TypeError"),
     ("ends beyond the response", GOOD.replace("0.5", "[(999, 0.5)]"), "reward", "(999, 0.5)", "must be a pair"),
@@ -63,6 +73,10 @@ ROLLOUTS = [
 def cases() -> Iterator[Case]:
     for name, text, function, *said in FUNCTIONS:
         yield Case(f"reward function: {name}", _function(text, function), ("reward function", f":{function}'", *said))
+    for number in ("nan", "inf"):
+        text = GOOD.replace("0.5", f"float('{number}')")
+        said = ("the reward 'reward'", f"returned {number}", "to 'the sea'", "must be finite")
+        yield Case(f"reward function: {number}", _function(text, "reward"), said)
     for name, given, *said in (
         ("no colon", "rewards.py", "give module:function or path/to/file.py:function"),
         ("no name", "rewards.py:", "give module:function"),
@@ -134,7 +148,7 @@ def _directory(stage: str, directory: str) -> Callable[[World], Sequence[str]]:
 def _full(world: World) -> Sequence[str]:
     """A device that is always full stands where the configuration would be written."""
     (world.folder / "run").mkdir()
-    os.symlink("/dev/full", world.folder / "run" / "config.toml")
+    os.symlink("/dev/full", world.folder / "run" / ".config.toml.partial")
     return world.words("sft")
 
 

@@ -94,17 +94,26 @@ def _fingerprints(tree: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, 
             yield from _fingerprints(value, f"{dotted}.")
         elif name in _INPUTS and isinstance(value, str):
             path = Path(value.rpartition(":")[0] if name == "function" else value).expanduser()
-            if path.exists() and str(path) != ".":
-                yield dotted, {"source": value, "sha256": _fingerprint(path)}
+            found = _fingerprint(path)
+            if found is not None and str(path) != ".":
+                yield dotted, {"source": value, "sha256": found}
 
 
-def _fingerprint(path: Path) -> str:
-    """SHA-256 over names, sizes and content; of a file beyond 64 MiB its first and last MiB."""
+def _fingerprint(path: Path) -> str | None:
+    """SHA-256 over names, sizes and content; of a file beyond 64 MiB its first and last MiB.
+
+    None for what is no local file or cannot be read: whoever needs it says so.
+    """
     total = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            total.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())
-            total.update(_content(file))
+    try:
+        if not path.exists():
+            return None
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                total.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())
+                total.update(_content(file))
+    except (OSError, ValueError):
+        return None
     return total.hexdigest()
 
 
