@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.config import RowsSection
-from tandem.data.examples import read_examples, read_pairs
+from tandem.data.examples import as_read, as_written, read_examples, read_pairs
 from tandem.data.prompts import PromptLimits, prompt_batches, read_prompts
 from tandem.data.rows import hold_out, read_rows
 from tandem.errors import InputError
@@ -38,9 +38,9 @@ def examples(path, rows, tokenizer=TOKENIZER, **options):
     return read_examples(data, tokenizer, 0)
 
 
-def pairs(path, rows, tokenizer=TOKENIZER, **options):
+def pairs(path, rows, tokenizer=TOKENIZER, view=as_read, **options):
     data = RowsSection(train=write(path, rows), eval_fraction=0.0, **options)
-    return read_pairs(data, tokenizer, 0)
+    return read_pairs(data, tokenizer, 0, view)
 
 
 def test_every_file_kind_gives_the_same_rows(tmp_path):
@@ -241,3 +241,34 @@ def test_no_bytes_in_a_file_make_a_traceback(tmp_path_factory, content):
     except InputError:
         return
     assert found
+
+
+def test_a_policy_writes_its_answer_to_the_end_of_sequence(tmp_path):
+    rows = [{"prompt": "the sea", "chosen": " was quiet", "rejected": " was slow"}]
+    pair = pairs(tmp_path / "p.jsonl", rows, view=as_written).train[0]
+    for answered, text in ((pair.chosen, " was quiet</s>"), (pair.rejected, " was slow</s>")):
+        assert TOKENIZER.decode(answered.ids[answered.prompt_length :]) == text
+        assert TOKENIZER.decode(answered.ids[: answered.prompt_length]).endswith("the sea")
+
+
+def test_only_the_last_turn_is_the_answer(tmp_path):
+    before = [
+        {"role": "user", "content": "what?"},
+        {"role": "assistant", "content": "a story"},
+        {"role": "user", "content": "a good one?"},
+    ]
+    rows = [{"prompt": before, "chosen": "a good one", "rejected": "no"}]
+    pair = pairs(tmp_path / "p.jsonl", rows, view=as_written).train[0]
+    assert TOKENIZER.decode(pair.chosen.ids[pair.chosen.prompt_length :]) == "a good one</s>"
+    assert "a story" in TOKENIZER.decode(pair.chosen.ids[: pair.chosen.prompt_length])
+
+
+def test_a_long_pair_loses_the_left_of_its_prompt(tmp_path):
+    rows = [{"prompt": "the sea " * 30, "chosen": " was quiet", "rejected": " was slow"}]
+    found = pairs(tmp_path / "p.jsonl", rows, view=as_written, max_tokens=12, too_long="truncate")
+    whole = pairs(tmp_path / "q.jsonl", rows, view=as_written).train[0]
+    cut = found.train[0]
+    assert found.truncated == 1
+    assert cut.chosen.ids == whole.chosen.ids[-12:]
+    answer = len(whole.chosen.ids) - whole.chosen.prompt_length
+    assert len(cut.chosen.ids) - cut.chosen.prompt_length == answer

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from fuzz.damage import NASTY_VALUES, damaged_bytes, damaged_tree
 from fuzz.valid import STAGES, recipes, rows
 from tandem.config import PpoConfig, RewardConfig, RowsSection, SftConfig
-from tandem.data.examples import read_examples, read_pairs
+from tandem.data.examples import as_read, read_examples, read_pairs
 from tandem.data.prompts import PromptLimits, read_prompts
 from tandem.recipe import fields_of, load_config
 
@@ -100,8 +100,9 @@ def reader(form: str, stage: str, path: Path, tokenizer: PreTrainedTokenizerBase
         limits = PromptLimits(10_000, "refuse")
         return lambda: read_prompts(str(path), "data.prompts", "train", {}, tokenizer, limits)
     data = RowsSection(train=str(path), eval_fraction=0.0, max_tokens=10_000)
-    read: Any = read_examples if stage == "sft" else read_pairs
-    return lambda: read(data, tokenizer, 0)
+    if stage == "sft":
+        return lambda: read_examples(data, tokenizer, 0)
+    return lambda: read_pairs(data, tokenizer, 0, as_read)
 
 
 def drawn(number: int, seed: int) -> tuple[str, str, random.Random]:

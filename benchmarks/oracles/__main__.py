@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from oracles.preferences import train_dpo
 from oracles.report import TRANSFORMER_GATES, page, plot
 from oracles.reward_then_policy import Study, draw_pairs, exact_curve, fit_error, fit_reward, study
 from oracles.settings import COUNTER_ROWS, TREE_ROWS
@@ -85,6 +86,12 @@ def run_exactly(horizon: int) -> float:
     return fit_exactly(0, EXACT_STEPS, horizon)
 
 
+def run_dpo(job: tuple[int, int]) -> dict[str, float]:
+    torch.set_num_threads(1)
+    pairs, seed = job
+    return {"pairs": pairs, "seed": seed, "gap": train_dpo(tree(seed=0), pairs, seed)}
+
+
 def main(seeds: int) -> int:
     jobs = [(name, seed) for seed in range(seeds) for name in ROWS]
     with ProcessPoolExecutor(max_workers=2) as pool:
@@ -92,6 +99,7 @@ def main(seeds: int) -> int:
         by_transformer = list(pool.map(run_transformer, lengths))
         exactly = dict(zip(TRANSFORMER_GATES, pool.map(run_exactly, TRANSFORMER_GATES), strict=True))
         fits = list(pool.map(run_fit, [(pairs, seed) for pairs in PAIRS for seed in range(seeds)]))
+        by_dpo = list(pool.map(run_dpo, [(pairs, seed) for pairs in PAIRS for seed in range(seeds)]))
         studies = list(pool.map(run_study, STUDIED))
         found = []
         for number, row in enumerate(pool.map(run_row, jobs), start=1):
@@ -100,6 +108,7 @@ def main(seeds: int) -> int:
     everything = {
         "rows": found,
         "fits": fits,
+        "dpo": by_dpo,
         "studies": [asdict(one) | {"turns_over_by": one.turns_over_by} for one in studies],
         "transformer": by_transformer,
         "exact_gradient": {"steps": EXACT_STEPS, "gap_by_horizon": exactly},

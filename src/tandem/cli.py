@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic_core import PydanticUndefined
 
 from tandem import __version__
-from tandem.config import PpoConfig, RewardConfig, SftConfig
+from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, Interrupted, RunError
 from tandem.recipe import fields_of, is_finished, load_config, resumed_run
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tandem.run import Progress
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-_STAGES: dict[str, Any] = {"sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
+_STAGES: dict[str, Any] = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,6 +127,10 @@ def _stage_function(name: str) -> Callable[..., dict[str, Any]]:
         from tandem.stages.reward import run_reward
 
         return run_reward
+    if name == "dpo":
+        from tandem.stages.dpo import run_dpo
+
+        return run_dpo
     from tandem.stages.ppo import run_ppo
 
     return run_ppo
@@ -159,6 +163,8 @@ def _result(summary: dict[str, Any]) -> str:
     elif summary["stage"] == "reward":
         accuracy = summary["heldout_accuracy"]
         reached = "no held-out pairs" if accuracy is None else f"held-out accuracy {accuracy:.3f}"
+    elif summary["stage"] == "dpo":
+        reached = f"held-out accuracy {after['heldout/accuracy']:.3f}" if after else "no held-out pairs"
     else:
         last = after or summary["last_step"]
         where = "held-out" if after else "last step's"

@@ -114,6 +114,12 @@ class FineTuningSection(OptimizerSection):
     warmup_fraction: Fraction = Field(0.05, description="share of all updates over which lr rises from zero")
 
 
+class PreferenceTuningSection(FineTuningSection):
+    """AdamW where a policy learns from preferences: small steps, since nothing samples what becomes of it."""
+
+    lr: Positive = Field(1e-6, description="peak learning rate")
+
+
 class AdapterSection(Section):
     """LoRA (Hu et al. 2021)."""
 
@@ -196,6 +202,34 @@ class RewardConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+
+
+class DpoConfig(Section):
+    """Direct preference optimisation: the policy from preferences, with no reward model between."""
+
+    model: NonEmpty = Field(description="directory or hub id of a causal language model; it is the reference too")
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid", description="sigmoid: DPO. ipo: the margin is drawn to 1 / (2 beta) instead of without end"
+    )
+    beta: Positive = Field(0.1, description="how dearly leaving the reference is paid, in reward per nat")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="chance that a preference is the wrong way round (sigmoid only)"
+    )
+    epochs: Passes = Field(1.0, description="passes over the data")
+    pairs_per_minibatch: Count = Field(32, description="preference pairs in one optimiser step")
+    eval_every: Count = Field(50, description="steps between evaluations on held-out pairs")
+    data: RowsSection
+    optimizer: PreferenceTuningSection = PreferenceTuningSection()
+    adapters: AdapterSection | None = Field(None, description="train LoRA adapters instead of all weights")
+    run: RunSection = RunSection()
+    checkpoints: CheckpointSection = CheckpointSection()
+    compute: ComputeSection = ComputeSection()
+
+    @model_validator(mode="after")
+    def _meant(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing > 0:
+            raise ValueError('label_smoothing has no effect here: it is for loss = "sigmoid"; leave it out')
+        return self
 
 
 class PromptsSection(Section):

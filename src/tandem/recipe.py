@@ -15,10 +15,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tandem.config import PpoConfig, RewardConfig, SftConfig
+from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError
 
-StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, PpoConfig)
+StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, DpoConfig, PpoConfig)
 
 
 def load_config(kind: type[StageConfig], recipe: Path | None, overrides: Sequence[str]) -> StageConfig:

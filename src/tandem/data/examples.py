@@ -187,16 +187,20 @@ def _drop_or_refuse(row: Row, length: int, data: RowsSection, counts: dict[str, 
     )
 
 
-def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> SplitRows[Pair]:
+View = Callable[[PreTrainedTokenizerBase, Text, str], Answered]
+
+
+def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int, view: View) -> SplitRows[Pair]:
     """`prompt`, `chosen` and `rejected`; where the two answers are conversations the prompt may be left out.
 
-    A pair that is too long and truncated loses tokens from the left of its prompt, so that the answers' ends stay.
+    `view` says how a model meets an answer: `as_read` by a reward model, `as_written` by a policy. A pair that is too
+    long and truncated loses tokens from the left of its prompt, so that the answers' ends stay.
     """
     counts = {"truncated": 0, "dropped": 0, "bad": 0}
 
     def make(row: Row) -> Pair | None:
         with row.named():
-            pair = _pair(row, tokenizer)
+            pair = _pair(row, tokenizer, view)
         return _fit_pair(row, pair, data, counts)
 
     def read(source: str, key: str, split: str) -> list[Pair]:
@@ -205,7 +209,7 @@ def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int)
     return _split(read, data, seed, counts, key=lambda pair: pair.prompt, learns_end=True)
 
 
-def _pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> Pair:
+def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, view: View) -> Pair:
     for column in ("chosen", "rejected"):
         if column not in row.columns:
             raise missing_columns(row, ["'chosen' and 'rejected' (and, for plain text, 'prompt')"])
@@ -220,7 +224,7 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> Pair:
         first, second = (_after_prompt(row, prompt, answer) for answer in (chosen, rejected))
     else:
         prompt, first, second = _implicit_prompt(row, chosen, rejected)
-    return _apart(row, Pair(repr(prompt), _answered(tokenizer, prompt, first), _answered(tokenizer, prompt, second)))
+    return _apart(row, Pair(repr(prompt), view(tokenizer, prompt, first), view(tokenizer, prompt, second)))
 
 
 def _apart(row: Row, pair: Pair) -> Pair:
@@ -235,13 +239,20 @@ def _apart(row: Row, pair: Pair) -> Pair:
     return pair
 
 
-def _answered(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str) -> Answered:
-    """Tokens that the text shares with its prompt alone are the prompt's, at least one."""
+def as_read(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str) -> Answered:
+    """As one text; tokens that it shares with its prompt alone are the prompt's, at least one."""
     ids, before = answered_ids(tokenizer, prompt, answer), prompt_ids(tokenizer, prompt)
     shared = 0
     while shared < min(len(before), len(ids) - 1) and before[shared] == ids[shared]:
         shared += 1
     return Answered(tuple(ids), max(1, shared))
+
+
+def as_written(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str) -> Answered:
+    """As a policy writes it after the prompt, to its EOS; what comes before is the prompt's, at least one token."""
+    ids, taught = taught_ids(tokenizer, prompt, answer)
+    before = len(taught) - next((n for n, own in enumerate(reversed(taught)) if not own), len(taught))
+    return Answered(tuple(ids), max(1, before))
 
 
 def _after_prompt(row: Row, prompt: Text, answer: Text) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tandem.config import PpoConfig, RewardConfig, SftConfig
+from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, RunError, is_out_of_memory
 from tandem.run.space import readable
 
@@ -54,7 +54,7 @@ def sampling_knobs(config: PpoConfig) -> dict[str, str]:
     } | _model_knobs(config)
 
 
-def training_knobs(config: SftConfig | RewardConfig | PpoConfig) -> dict[str, str]:
+def training_knobs(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> dict[str, str]:
     """What passes over a micro-batch take their memory for: its tokens, and the models with their optimisers."""
     tokens = {f"compute.tokens_per_microbatch = {config.compute.tokens_per_microbatch}": "lower it"}
     if not isinstance(config, PpoConfig):
@@ -62,7 +62,7 @@ def training_knobs(config: SftConfig | RewardConfig | PpoConfig) -> dict[str, st
     return tokens | _model_knobs(config)
 
 
-def _model_knobs(config: SftConfig | RewardConfig | PpoConfig) -> dict[str, str]:
+def _model_knobs(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> dict[str, str]:
     knobs: dict[str, str] = {}
     if isinstance(config, PpoConfig):
         if config.sharing.mode != "adapters":

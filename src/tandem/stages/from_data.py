@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 
+from tandem.config import AdapterSection
 from tandem.engine.local import LocalEngine
 from tandem.errors import NotFinite
+from tandem.models.trunk import Trunk
 from tandem.run import Progress, RunFolder
 from tandem.run.checkpoints import Snapshot
 from tandem.run.disk import writing
@@ -101,6 +104,13 @@ class Training(Generic[Item]):
             "metrics_bytes": self.folder.metrics_bytes,
         }
         return Snapshot(standing.step, tensors, state)
+
+
+def trained_part(trunk: Trunk, settings: AdapterSection | None) -> tuple[str | None, list[nn.Parameter]]:
+    """The name of the adapter that trains, None where all weights do, and the parameters."""
+    if settings is None:
+        return None, list(trunk.model.requires_grad_(True).parameters())
+    return "policy", trunk.add_adapter("policy", settings)
 
 
 def run_from_data(

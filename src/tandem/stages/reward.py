@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem import algo
 from tandem.config import RewardConfig
-from tandem.data.examples import Answered, Pair, endless_order, read_pairs
+from tandem.data.examples import Pair, as_read, endless_order, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.cards import RewardCard, make_probes, write_card
 from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
@@ -26,7 +26,7 @@ from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
 from tandem.stages.from_data import Lesson, run_from_data
-from tandem.types import whole_texts
+from tandem.stages.pairs import by_prompt, micro_batches, right_order
 
 
 def run_reward(config: RewardConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def prepare(config: RewardConfig, progress: Progress) -> Lesson[Pair]:
     device = pick_device(config.compute.device)
     trust = config.compute.trust_remote_code
     tokenizer = load_tokenizer(config.model, "model", trust)
-    rows = read_pairs(config.data, tokenizer, config.run.seed)
+    rows = read_pairs(config.data, tokenizer, config.run.seed, as_read)
     for line in rows.report():
         progress.say(line)
     answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
@@ -127,7 +127,7 @@ def train_on(
             sums.add("train/every_token_loss", by_token.detach(), len(scores.chosen))
         engine.backward(total / len(pairs))
         sums.add("train/loss", loss.detach(), len(scores.chosen))
-        sums.add("train/accuracy", (scores.chosen > scores.rejected).sum(), len(scores.chosen))
+        sums.add("train/accuracy", right_order(scores.chosen, scores.rejected), len(scores.chosen))
         sums.add("train/margin", (scores.chosen - scores.rejected).detach().sum(), len(scores.chosen))
     check_losses(sums, engine)
     return {**sums.means(), "train/grad_norm": engine.step()}
@@ -139,25 +139,21 @@ def measure_heldout(learner: RewardLearner, pairs: Sequence[Pair], budget: int) 
     sums = algo.Sums()
     for scores in scored_parts(learner.model, pairs, budget):
         chosen, rejected = scores.chosen, scores.rejected
-        right = (chosen > rejected).float() + (chosen == rejected).float() / 2
         sums.add("heldout/loss", algo.preference_loss(chosen, rejected), len(chosen))
-        sums.add("heldout/accuracy", right.sum(), len(chosen))
+        sums.add("heldout/accuracy", right_order(chosen, rejected), len(chosen))
         sums.add("heldout/margin", (chosen - rejected).sum(), len(chosen))
         sums.add("heldout/score", (chosen + rejected).sum(), 2 * len(chosen))
     return dict(sums.means())
 
 
 def scored_parts(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> Iterator[PairScores]:
-    """Scores of pairs, a micro-batch at a time; an answer that stands in several pairs of it is read once."""
-    for part in pairs_by_tokens(pairs, budget):
-        answers = list(dict.fromkeys(answer for pair in part for answer in (pair.chosen, pair.rejected)))
-        place = {answer: row for row, answer in enumerate(answers)}
-        tokens = whole_texts([a.ids for a in answers], [a.prompt_length for a in answers]).to(model.trunk.device)
+    """Scores of pairs, a micro-batch at a time."""
+    for part in micro_batches(pairs, budget):
+        tokens = part.tokens.to(model.trunk.device)
         after = model.values(tokens)[:, 1:]
         last = after.gather(1, tokens.response_lengths[:, None] - 1)
         after = torch.where(tokens.mask, after, last)
-        chosen = torch.tensor([place[pair.chosen] for pair in part], device=after.device)
-        rejected = torch.tensor([place[pair.rejected] for pair in part], device=after.device)
+        chosen, rejected = part.chosen.to(after.device), part.rejected.to(after.device)
         yield PairScores(
             chosen=last[chosen, 0],
             rejected=last[rejected, 0],
@@ -165,28 +161,6 @@ def scored_parts(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> Iter
             rejected_by_token=after[rejected],
             mask=tokens.mask[chosen] | tokens.mask[rejected],
         )
-
-
-def pairs_by_tokens(pairs: Sequence[Pair], budget: int) -> Iterator[list[Pair]]:
-    """Pairs in their order, as many at a time as have distinct answers that fit the budget when padded."""
-    part: list[Pair] = []
-    answers: set[Answered] = set()
-    for pair in pairs:
-        wider = answers | {pair.chosen, pair.rejected}
-        if part and len(wider) * max(len(answer.ids) for answer in wider) > budget:
-            yield part
-            part, wider = [], {pair.chosen, pair.rejected}
-        part.append(pair)
-        answers = wider
-    yield part
-
-
-def by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs that answer the same prompt, together."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.prompt, []).append(pair)
-    return list(groups.values())
 
 
 def save(

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tandem import algo
-from tandem.config import AdapterSection, SftConfig
+from tandem.config import SftConfig
 from tandem.data.examples import Example, endless_order, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
@@ -22,7 +22,7 @@ from tandem.models.trunk import Trunk
 from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
-from tandem.stages.from_data import Lesson, run_from_data
+from tandem.stages.from_data import Lesson, run_from_data, trained_part
 from tandem.types import split_by_tokens, whole_texts
 
 
@@ -69,13 +69,6 @@ def prepare(config: SftConfig, progress: Progress) -> Lesson[Example]:
         memory_knobs=training_knobs(config),
         device=device,
     )
-
-
-def trained_part(trunk: Trunk, settings: AdapterSection | None) -> tuple[str | None, list[nn.Parameter]]:
-    """The name of the adapter that trains, None where all weights do, and the parameters."""
-    if settings is None:
-        return None, list(trunk.model.requires_grad_(True).parameters())
-    return "policy", trunk.add_adapter("policy", settings)
 
 
 def train_on(model: CausalPolicy, examples: Sequence[Example], engine: LocalEngine, budget: int) -> dict[str, float]:

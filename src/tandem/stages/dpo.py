@@ -1,0 +1,161 @@
+"""Direct preference optimisation: the policy learns from preferences, with no reward model between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tandem import algo
+from tandem.config import DpoConfig
+from tandem.data.examples import Answered, Pair, as_written, endless_order, read_pairs
+from tandem.engine.local import LocalEngine, ParameterGroup
+from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
+from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.saving import save_policy
+from tandem.models.source import check_length, read_config
+from tandem.models.trunk import Trunk
+from tandem.run import Progress
+from tandem.run.memory import training_knobs
+from tandem.stages.finite import check_losses
+from tandem.stages.from_data import Lesson, run_from_data, trained_part
+from tandem.stages.pairs import answer_tokens, by_prompt, micro_batches, right_order
+from tandem.types import Tokens, split_by_tokens
+
+
+def run_dpo(config: DpoConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+    """Train by the recipe, or go on with the run that its folder holds; save the policy and return the summary.
+
+    Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
+    """
+    return run_from_data("dpo", config, progress, resume, lambda: prepare(config, progress))
+
+
+def prepare(config: DpoConfig, progress: Progress) -> Lesson[Pair]:
+    """Load pairs and policy, and measure every answer under the reference, which is the policy as it starts."""
+    device, trust = pick_device(config.compute.device), config.compute.trust_remote_code
+    tokenizer = load_tokenizer(config.model, "model", trust)
+    rows = read_pairs(config.data, tokenizer, config.run.seed, as_written)
+    for line in rows.report():
+        progress.say(line)
+    answers = [answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected)]
+    check_length(read_config(config.model, "model", trust), max(len(answer.ids) for answer in answers), "model")
+    with progress.console.status("loading the model"):
+        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device, trust))
+    adapter, parameters = trained_part(trunk, config.adapters)
+    policy = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter)
+    with progress.console.status("log-probabilities of the reference"):
+        reference = reference_logprobs(policy, answers, config.compute.tokens_per_microbatch)
+    engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer, "policy")
+    learner = DpoLearner(policy, reference, engine, config)
+    return Lesson(
+        name="DPO",
+        engine=engine,
+        order=endless_order(by_prompt(rows.train), torch.Generator().manual_seed(config.run.seed)),
+        items_per_step=config.pairs_per_minibatch,
+        steps=math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch),
+        eval_every=config.eval_every,
+        learn=lambda pairs: train_on(learner, pairs),
+        measure=lambda: measure_heldout(learner, rows.heldout),
+        write_down=asdict,
+        save=lambda folder, _: save_policy(trunk, adapter, tokenizer, folder),
+        facts=lambda reached: {
+            "train_pairs": len(rows.train),
+            "heldout_pairs": len(rows.heldout),
+            "truncated_pairs": rows.truncated,
+            "heldout": {"before": reached.before, "after": reached.heldout},
+        },
+        headline=["loss", "accuracy"],
+        memory_knobs=training_knobs(config),
+        device=device,
+    )
+
+
+class Policy(Protocol):
+    def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
+        """The tokens on the model's device."""
+        ...
+
+    def logprobs(self, tokens: Tokens) -> Tensor:
+        """[B, T], zero where masked."""
+        ...
+
+
+@dataclass(frozen=True)
+class DpoLearner:
+    """A policy, what each answer's log-probability is under the reference, in nats, and how the policy learns."""
+
+    policy: Policy
+    reference: Mapping[Answered, float]
+    engine: LocalEngine
+    settings: DpoConfig
+
+
+def answer_logprobs(policy: Policy, answers: Sequence[Answered], budget: int) -> Tensor:
+    """log pi(y|x) of whole answers [n], in nats."""
+    return policy.logprobs(policy.prepare(answer_tokens(answers), budget)).sum(1)
+
+
+@torch.no_grad()
+def reference_logprobs(policy: Policy, answers: Iterable[Answered], budget: int) -> dict[Answered, float]:
+    """log pi_ref(y|x) of each distinct answer, before anything has learnt; they are constants from here on."""
+    distinct = list(dict.fromkeys(answers))
+    found: dict[Answered, float] = {}
+    for rows in split_by_tokens(torch.tensor([len(answer.ids) for answer in distinct]), budget):
+        part = [distinct[row] for row in rows.tolist()]
+        found |= dict(zip(part, answer_logprobs(policy, part, budget).tolist(), strict=True))
+    return found
+
+
+def train_on(learner: DpoLearner, pairs: Sequence[Pair]) -> dict[str, float]:
+    """One optimiser step on a minibatch of pairs."""
+    sums = algo.Sums()
+    for chosen, rejected in ratio_parts(learner, pairs):
+        loss = loss_sum(chosen, rejected, learner.settings)
+        learner.engine.backward(loss / len(pairs))
+        add_metrics(sums, "train", loss, chosen, rejected, learner.settings)
+    check_losses(sums, learner.engine)
+    return {**sums.means(), "train/grad_norm": learner.engine.step()}
+
+
+@torch.no_grad()
+def measure_heldout(learner: DpoLearner, pairs: Sequence[Pair]) -> dict[str, float]:
+    """The same metrics on pairs that were not trained on; empty where there are none."""
+    sums = algo.Sums()
+    for chosen, rejected in ratio_parts(learner, pairs):
+        loss = loss_sum(chosen, rejected, learner.settings)
+        add_metrics(sums, "heldout", loss, chosen, rejected, learner.settings)
+    return dict(sums.means())
+
+
+def ratio_parts(learner: DpoLearner, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
+    """log pi/pi_ref of the chosen and the rejected answers [n] each, a micro-batch at a time."""
+    budget = learner.settings.compute.tokens_per_microbatch
+    for part in micro_batches(pairs, budget):
+        logprobs = answer_logprobs(learner.policy, part.answers, budget)
+        ratios = logprobs - logprobs.new_tensor([learner.reference[answer] for answer in part.answers])
+        yield ratios[part.chosen.to(ratios.device)], ratios[part.rejected.to(ratios.device)]
+
+
+def loss_sum(chosen: Tensor, rejected: Tensor, settings: DpoConfig) -> Tensor:
+    """The loss summed over pairs, from log-ratios [n] each."""
+    if settings.loss == "ipo":
+        return algo.ipo_loss(chosen, rejected, beta=settings.beta)
+    return algo.dpo_loss(chosen, rejected, beta=settings.beta, label_smoothing=settings.label_smoothing)
+
+
+def add_metrics(
+    sums: algo.Sums, where: str, loss: Tensor, chosen: Tensor, rejected: Tensor, settings: DpoConfig
+) -> None:
+    """Loss, accuracy, and the rewards that the policy stands for: beta log pi/pi_ref, in units of the reward."""
+    pairs = len(chosen)
+    chosen, rejected = (settings.beta * ratios.detach() for ratios in (chosen, rejected))
+    sums.add(f"{where}/loss", loss.detach(), pairs)
+    sums.add(f"{where}/accuracy", right_order(chosen, rejected), pairs)
+    sums.add(f"{where}/margin", (chosen - rejected).sum(), pairs)
+    sums.add(f"{where}/reward_chosen", chosen.sum(), pairs)
+    sums.add(f"{where}/reward_rejected", rejected.sum(), pairs)

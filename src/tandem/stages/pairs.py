@@ -1,0 +1,71 @@
+"""Preference pairs a micro-batch at a time; an answer that stands in several pairs of it is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tandem.data.examples import Answered, Pair
+from tandem.types import Tokens, whole_texts
+
+
+@dataclass(frozen=True)
+class Together:
+    """Pairs that pass through a model together: their distinct answers, and the rows [n] of those where each pair's
+    chosen and rejected one stand."""
+
+    answers: Sequence[Answered]
+    chosen: Tensor
+    rejected: Tensor
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def tokens(self) -> Tokens:
+        return answer_tokens(self.answers)
+
+
+def answer_tokens(answers: Sequence[Answered]) -> Tokens:
+    return whole_texts([answer.ids for answer in answers], [answer.prompt_length for answer in answers])
+
+
+def micro_batches(pairs: Sequence[Pair], budget: int) -> Iterator[Together]:
+    """Pairs in their order, as many at a time as have distinct answers that fit the budget of tokens when padded."""
+    part: list[Pair] = []
+    answers: set[Answered] = set()
+    width = 0
+    for pair in pairs:
+        both = {pair.chosen, pair.rejected}
+        longest = max(len(answer.ids) for answer in both)
+        if part and (len(answers) + len(both - answers)) * max(width, longest) > budget:
+            yield _together(part)
+            part, answers, width = [], set(), 0
+        part.append(pair)
+        answers |= both
+        width = max(width, longest)
+    if part:
+        yield _together(part)
+
+
+def _together(pairs: Sequence[Pair]) -> Together:
+    answers = list(dict.fromkeys(answer for pair in pairs for answer in (pair.chosen, pair.rejected)))
+    row = {answer: number for number, answer in enumerate(answers)}
+    chosen, rejected = ([row[getattr(pair, side)] for pair in pairs] for side in ("chosen", "rejected"))
+    return Together(answers, torch.tensor(chosen), torch.tensor(rejected))
+
+
+def by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs that answer the same prompt, side by side."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.prompt, []).append(pair)
+    return list(groups.values())
+
+
+def right_order(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """How many of the pairs [n] are in the order of the preference; a tie counts as half."""
+    return (chosen > rejected).sum() + (chosen == rejected).sum() / 2
