@@ -4,7 +4,8 @@ usage: python -m ablation stories MODEL STORIES [--seeds N] [--only NAME ...]
        python -m ablation demo MODEL RUN [RUN ...] [--only NAME ...]
 
 `stories`: MODEL is a small story model, STORIES a .jsonl file of {"text"}. `demo`: RUNs are finished demos, one a
-seed, whose openings and reward models are used. Runs that are already there are not run again.
+seed, whose openings and reward models are used; their own joint stages are the first row. Runs that are already there
+are not run again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ablation.report import page
 from ablation.settings import DEMO, STORIES
 
 ROOT = Path(__file__).parents[2]
+AT_ONCE = 2
 RESULTS, RUNS = ROOT / "docs" / "results", ROOT / "runs" / "ablation"
 
 
@@ -36,11 +38,11 @@ class Run:
     folder: Path
     words: Sequence[str]
 
-    def summary(self, threads: int) -> dict[str, Any]:
-        """Run it, unless it has been, and return what it reached."""
+    def summary(self) -> dict[str, Any]:
+        """Run it on one thread, unless it has been run, and return what it reached."""
         path = self.folder / "summary.json"
         if not path.exists():
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "tandem", "ppo", *self.words, f"--run.directory={self.folder}"]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode != 0:
@@ -86,7 +88,8 @@ def demo(model: Path, folders: Sequence[Path], only: Sequence[str]) -> list[Run]
             f"--run.seed={seed}",
         ]
         for name, words in _chosen(DEMO, only).items():
-            runs.append(Run(name, seed, RUNS / "demo" / f"{_slug(name)}-{seed}", [*base, *words]))
+            place = RUNS / "demo" / f"{_slug(name)}-{seed}" if words else folder / "ppo"
+            runs.append(Run(name, seed, place, [*base, *words]))
     return runs
 
 
@@ -109,12 +112,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     given = parser.parse_args()
     if given.task == "stories":
-        runs, at_once = stories(given.model, given.sources[0], given.seeds, given.only), 2
+        runs = stories(given.model, given.sources[0], given.seeds, given.only)
     else:
-        runs, at_once = demo(given.model, given.sources, given.only), 1
+        runs = demo(given.model, given.sources, given.only)
     found = []
-    with ThreadPoolExecutor(at_once) as pool:
-        for run, summary in zip(runs, pool.map(lambda run: run.summary(2 // at_once), runs), strict=True):
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for run, summary in zip(runs, pool.map(Run.summary, runs), strict=True):
             after, last = summary["heldout"]["after"], summary["last_step"]
             row = {"setting": run.setting, "seed": run.seed, "before": summary["heldout"]["before"], "after": after}
             found.append(row | {"last_step": last, "seconds": summary["seconds"]})

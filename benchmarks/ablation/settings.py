@@ -26,7 +26,6 @@ DEMO: dict[str, list[str]] = {
     "lambda_value 1": ["--advantage.lambda_value=1.0"],
     "whitened advantages": ["--advantage.whiten=true"],
     "value epochs 1": ["--value.epochs=1"],
-    "value starts unknowing": ["--value.start=policy", "--value.head_lr=1e-3"],
     "KL in the loss, k2": ["--kl.placement=loss", "--kl.estimator=k2"],
     "sharing head": [
         "--sharing.mode=head",

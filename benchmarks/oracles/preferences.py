@@ -16,7 +16,7 @@ from tandem.data.examples import Answered, Pair
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.stages.dpo import DpoLearner, reference_logprobs, train_on
 
-PAIRS_PER_STEP = 4096
+PAIRS_PER_STEP = 2048
 
 
 def responses_by_end(task: Task) -> dict[int, Answered]:

@@ -107,7 +107,7 @@ def page(everything: Mapping[str, Any], rows: Mapping[str, Row]) -> tuple[str, l
         *_study_rows(everything["studies"]),
         "",
         "## DPO",
-        "The project's own DPO step on pairs drawn by the Bradley-Terry model of gold, 600 steps of 4,096 of them; the "
+        "The project's own DPO step on pairs drawn by the Bradley-Terry model of gold, 600 steps of 2,048 of them; the "
         "optimum of its objective is pi*, and the gap falls as the pairs grow:",
         "",
         "| pairs | gap, each seed |",

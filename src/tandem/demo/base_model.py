@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -91,7 +92,9 @@ def _convert(weights: Path, folder: Path) -> None:
 
     where = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
     try:
-        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        # The bar of the conversion is the library's own and would run across the demo's.
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except ImportError as error:
         raise InputError("the demo's model needs gguf: pip install 'tandem-rlhf[demo]'.") from error
     config = read.config
