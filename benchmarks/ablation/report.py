@@ -51,15 +51,14 @@ def page(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
         "mean, and the smallest and largest over the seeds. The seeds differ by chance alone, so a difference whose "
         "range holds zero says nothing.",
         "",
-        "| setting | " + " | ".join(COLUMNS) + " | difference in objective | seconds |",
-        "|---|" + "---|" * (len(COLUMNS) + 1) + "---:|",
+        "| setting | " + " | ".join(COLUMNS) + " | difference in objective |",
+        "|---|" + "---|" * (len(COLUMNS) + 1),
     ]
     for name, seeds in by_setting.items():
         cells = [", ".join(f"{row['after'][key]:.3g}" for row in seeds) for key in COLUMNS.values()]
         gaps = [_objective(row) - _objective(other) for row, other in zip(seeds, base, strict=False)]
         difference = "" if seeds is base else f"{mean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
-        seconds = f"{mean(row['seconds'] for row in seeds):.0f}"
-        lines.append(f"| {name} | " + " | ".join([*cells, difference, seconds]) + " |")
+        lines.append(f"| {name} | " + " | ".join([*cells, difference]) + " |")
     lines += ["", "What each row changes:", ""]
     lines += [f"- {name}: `{' '.join(words)}`" for name, words in settings.items() if words and name in by_setting]
     start = base[0]["before"]
