@@ -206,6 +206,17 @@ def test_checkpoints_are_kept_by_count_and_by_metric(tiny, tmp_path):
     assert kept == {f"step_{best:06d}", "step_000009"}
 
 
+def test_a_best_metric_that_is_none_is_refused(tiny, tmp_path, capsys):
+    function, marker = self_ending_reward(tmp_path, 1)
+    marker.touch()
+    words = [*ppo_words(tmp_path, tiny(), f"--rewards.0.function={function}", "--value.start=policy")]
+    assert "eval_every" in refused(capsys, [*words, "--checkpoints.best_metric=heldout/objective/score"])
+    said = refused(capsys, [*words, "--checkpoints.best_metric=objective/scor"])
+    assert "is no metric of this run" in said
+    assert "objective/score" in said
+    assert "best_is has no effect" in refused(capsys, [*words, "--checkpoints.best_is=lowest"])
+
+
 def test_two_runs_in_one_folder_are_refused_and_a_stale_lock_is_not(cut_run, capsys):
     holder = subprocess.Popen(
         [

@@ -73,6 +73,12 @@ class CheckpointSection(Section):
         "within it loses nothing",
     )
 
+    @model_validator(mode="after")
+    def _meant(self) -> Self:
+        if self.best_metric is None and self.best_is != "highest":
+            raise ValueError("best_is has no effect here: it needs best_metric; leave it out")
+        return self
+
 
 class ComputeSection(Section):
     """How the arithmetic is done; but for rounding, none of it changes what is computed."""

@@ -48,6 +48,9 @@ def impossible(config: PpoConfig) -> Iterator[str]:
             'kl.estimator = "k1" as a loss has a gradient of mean zero, so it holds nothing; set kl.estimator = "k2", '
             'or kl.placement = "reward"'
         )
+    best = config.checkpoints.best_metric
+    if best is not None and best.startswith("heldout/") and config.eval_every is None:
+        yield f"checkpoints.best_metric = {best!r} is measured only where eval_every and data.eval_prompts are set"
     if config.eval_every is not None and config.data.eval_prompts is None:
         yield "eval_every needs data.eval_prompts"
     if advantage.at_limit == "bootstrap" and (score.missing_eos_penalty > 0 or score.overlong_from is not None):

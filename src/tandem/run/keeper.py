@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tandem.config import CheckpointSection
-from tandem.errors import Interrupted, RunError
+from tandem.errors import InputError, Interrupted, RunError
 from tandem.run.checkpoints import Kept, Snapshot, kept_checkpoints, write_checkpoint
 from tandem.run.signals import Terminated
 from tandem.run.space import check_space
@@ -130,9 +131,19 @@ class Keeper:
         return (every is not None and step % every == 0) or waited >= 60 * self._settings.every_minutes
 
     def _if_best(self, metrics: Mapping[str, float]) -> float | None:
-        """The metric that checkpoints are kept for, where it was measured now and is better than ever."""
-        value = metrics.get(self._settings.best_metric or "")
-        if value is None:
+        """The metric that checkpoints are kept for, where it was measured now and is better than ever.
+
+        Raises InputError where no metric of that name is measured.
+        """
+        name = self._settings.best_metric
+        if name is None or not metrics:
+            return None
+        evaluated = any(key.startswith("heldout/") for key in metrics)
+        if name not in metrics and (evaluated or not name.startswith("heldout/")):
+            known = ", ".join(key for key in metrics if not key.startswith(("time/", "calibration/")))
+            raise InputError(f"checkpoints.best_metric = {name!r} is no metric of this run; those are {known}.")
+        value = metrics.get(name, math.nan)
+        if not math.isfinite(value):
             return None
         self.wait()
         before = [one.metric for one in self._kept if one.metric is not None]

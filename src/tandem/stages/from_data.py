@@ -179,6 +179,7 @@ def train_from_data(training: Training[Item], standing: Standing | None) -> Stan
 
 
 def begin(training: Training[Item]) -> Standing:
+    """Before the first step: measure on held-out rows."""
     with training.signals.may_give_up():
         heldout = training.lesson.measure()
     return Standing(0, row={}, logged=True, before=heldout, heldout=heldout, faults=Faults())
