@@ -304,3 +304,34 @@ def test_truncation_keeps_the_likeliest():
     assert finite(algo.truncate(logits, None, 1e-9)) == [True, False, False, False]
     assert finite(algo.truncate(logits, 1, 1.0, keep=torch.tensor([3]))) == [True, False, False, True]
     assert algo.truncate(logits, None, 1.0) is logits
+
+
+def test_margins_ask_for_more_and_centring_draws_to_zero():
+    chosen, rejected, margins = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.5]), torch.tensor([0.25, 0.0])
+    expected = algo.preference_loss(chosen - margins, rejected).item()
+    assert algo.preference_loss(chosen, rejected, margins).item() == pytest.approx(expected)
+    assert algo.centring_loss(chosen, rejected).item() == pytest.approx(1.0 + 2.5**2)
+
+
+def test_accuracy_by_length_finds_a_score_that_is_length():
+    torch.manual_seed(0)
+    longer_by = torch.randint(-9, 10, (400,))
+    zero = torch.zeros(400)
+    of_length = algo.accuracy_by_length(longer_by.float(), zero, longer_by)
+    assert (of_length.longer, of_length.shorter) == (1.0, 0.0)
+    assert of_length.longer_pairs + of_length.shorter_pairs == int((longer_by != 0).sum())
+    assert of_length.only_length()
+    assert algo.accuracy_by_length(-longer_by.float(), zero, longer_by).only_length()
+    assert not algo.accuracy_by_length(torch.ones(400), zero, longer_by).only_length()
+    assert not algo.accuracy_by_length(torch.randn(400), zero, longer_by).only_length()
+    assert not algo.accuracy_by_length(torch.ones(3), torch.zeros(3), torch.ones(3)).only_length()
+
+
+def test_calibration_of_preferences():
+    torch.manual_seed(0)
+    difference = 2 * torch.randn(20_000)
+    chosen_wins = torch.rand(20_000) < torch.sigmoid(difference)
+    scores = torch.where(chosen_wins, difference, -difference)
+    zero = torch.zeros(20_000)
+    assert algo.preference_calibration_error(scores, zero) < 0.02
+    assert algo.preference_calibration_error(5 * scores, zero) > 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -421,7 +422,7 @@ def test_chance_is_warned_of(tiny, reward_model, tmp_path, capsys):
     card = json.loads((tmp_path / "tandem.json").read_text())
     (tmp_path / "tandem.json").write_text(json.dumps({**card, "heldout_accuracy": 0.5, "heldout_pairs": 100}))
     assert main(ppo_words(tmp_path, tiny(), f"--rewards.0.model={tmp_path}")) == 0
-    assert "WARNING: that is chance" in " ".join(capsys.readouterr().out.split())
+    assert "on 100 held-out pairs is chance" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_transfer_that_is_not_whole_is_refused(tiny, reward_model, tmp_path, capsys):
@@ -466,3 +467,24 @@ def test_first_interrupt_saves_after_the_step(tiny, tmp_path):
     assert summary["interrupted"]
     assert summary["steps"] == len(read_metrics(tmp_path / "ppo"))
     AutoModelForCausalLM.from_pretrained(tmp_path / "ppo" / "model")
+
+
+def test_a_reward_model_that_learns_length_is_named(tiny, tmp_path, capsys):
+    """Longer answers are chosen three times in four, and nothing else tells the answers apart."""
+    fill = ["the sea", "a story", "the film", "a child"]
+    rows, chance = [], random.Random(0)
+    for n in range(160):
+        long, short = f" {fill[n % 4]} and {fill[n % 3]} and the people", f" {fill[n % 4]}"
+        chosen, rejected = (short, long) if chance.random() < 0.25 else (long, short)
+        rows.append({"prompt": f"the {WORDS[n % 6]} {n}", "chosen": chosen, "rejected": rejected, "margin": 0.1})
+    words = ["reward", f"--model={tiny()}", f"--data.train={write(tmp_path / 'pairs.jsonl', rows)}", "--epochs=2"]
+    words += ["--optimizer.lr=0.003", "--data.eval_fraction=0.4", "--centring_weight=0.01"]
+    assert main([*words, f"--run.directory={tmp_path / 'run'}"]) == 0
+    assert "it has learnt length" in " ".join(capsys.readouterr().out.split())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    after = summary["heldout"]["after"]
+    assert after["heldout/accuracy_chosen_longer"] > 0.9
+    assert after["heldout/accuracy_chosen_shorter"] < 0.1
+    assert abs(after["heldout/score"]) < 1.0
+    assert main(ppo_words(tmp_path, tiny(), f"--rewards.0.model={tmp_path / 'run' / 'model'}")) == 0
+    assert "it has learnt length" in " ".join(capsys.readouterr().out.split())

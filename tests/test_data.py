@@ -272,3 +272,12 @@ def test_a_long_pair_loses_the_left_of_its_prompt(tmp_path):
     assert cut.chosen.ids == whole.chosen.ids[-12:]
     answer = len(whole.chosen.ids) - whole.chosen.prompt_length
     assert len(cut.chosen.ids) - cut.chosen.prompt_length == answer
+
+
+def test_a_margin_says_by_how_much(tmp_path):
+    row = {"prompt": "the sea", "chosen": " was quiet", "rejected": " was slow"}
+    found = pairs(tmp_path / "p.jsonl", [row | {"margin": 0.5}, row | {"margin": None}, row])
+    assert [pair.margin for pair in found.train] == [0.5, 0.0, 0.0]
+    for bad in (-1, "much", True, float("nan"), [1]):
+        with pytest.raises(InputError, match="allowed is a number from 0: by how much"):
+            pairs(tmp_path / "q.jsonl", [row | {"margin": bad}])

@@ -17,8 +17,13 @@ STORIES: dict[str, list[str]] = {
     "KL in the loss, k2": ["--kl.placement=loss", "--kl.estimator=k2"],
     "A2C": ["--policy.loss=a2c"],
     "sharing adapters": ["--sharing.mode=adapters", "--policy.lr=3e-3", "--value.lr=3e-3"],
-    "sharing head": ["--sharing.mode=head", "--value.epochs=1"],
-    "sharing head, gradient stopped": ["--sharing.mode=head", "--sharing.head_gradient=stop", "--value.epochs=1"],
+    "sharing head": ["--sharing.mode=head", "--value.epochs=1", "--value.schedule=constant"],
+    "sharing head, gradient stopped": [
+        "--sharing.mode=head",
+        "--sharing.head_gradient=stop",
+        "--value.epochs=1",
+        "--value.schedule=constant",
+    ],
 }
 
 DEMO: dict[str, list[str]] = {

@@ -138,7 +138,7 @@ class AdapterSection(Section):
     )
 
 
-ROW_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
+ROW_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "margin")
 
 
 class RowsSection(Section):
@@ -195,6 +195,9 @@ class RewardConfig(Section):
     model: NonEmpty = Field(description="directory or hub id to start from, causal or one-label classifier")
     epochs: Passes = Field(1.0, description="passes over the data")
     pairs_per_minibatch: Count = Field(32, description="preference pairs in one optimiser step")
+    centring_weight: NonNegative = Field(
+        0.0, description="weight of (score of chosen + score of rejected)^2, which draws the scores' middle to 0"
+    )
     every_token_weight: NonNegative = Field(
         0.0,
         description="weight of the pair loss at every token of the answers beside the one at their ends; it learns "

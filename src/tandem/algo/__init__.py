@@ -19,6 +19,7 @@ from tandem.algo.losses import (
     ClippedLoss,
     a2c_policy_loss,
     book_policy_loss,
+    centring_loss,
     clipped_value_loss,
     dpo_loss,
     importance_weights,
@@ -32,12 +33,14 @@ from tandem.algo.losses import (
 from tandem.algo.masked import Sums, masked_mean, masked_sum
 from tandem.algo.moments import RunningMoments
 from tandem.algo.projection import projected_logprobs, projected_logprobs_and_entropies
+from tandem.algo.ranking import ByLength, accuracy_by_length, preference_calibration_error, right_order
 from tandem.algo.sampling import sample, token_logprobs, truncate
 from tandem.algo.schedule import AdaptiveEpochs
 
 __all__ = [
     "AdaptiveEpochs",
     "AdaptiveKl",
+    "ByLength",
     "CalibrationGroup",
     "ClippedLoss",
     "Histogram",
@@ -45,9 +48,11 @@ __all__ = [
     "RunningMoments",
     "Sums",
     "a2c_policy_loss",
+    "accuracy_by_length",
     "book_policy_loss",
     "calibration",
     "calibration_error",
+    "centring_loss",
     "clipped_value_loss",
     "dpo_loss",
     "explained_variance",
@@ -62,11 +67,13 @@ __all__ = [
     "masked_sum",
     "optimality_certificate",
     "ppo_policy_loss",
+    "preference_calibration_error",
     "preference_loss",
     "prefix_preference_loss",
     "probability_ratio",
     "projected_logprobs",
     "projected_logprobs_and_entropies",
+    "right_order",
     "sample",
     "token_logprobs",
     "token_rewards",

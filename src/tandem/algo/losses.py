@@ -120,14 +120,24 @@ def _squares(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return (values.masked_fill(~mask, 0.0) - returns.detach().masked_fill(~mask, 0.0)).square()
 
 
-def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """-sum log sigmoid(R(x, y_w) - R(x, y_l)), scores [N] each.
+def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, margins: Tensor | None = None) -> Tensor:
+    """-sum log sigmoid(R(x, y_w) - R(x, y_l) - m), scores [N] each.
 
-    Source: Bradley and Terry 1952; Stiennon et al. 2020.
+    `margins` m [N], zero if left out, say by how much the chosen answer is the better one.
+    Source: Bradley and Terry 1952; Stiennon et al. 2020; Touvron et al. 2023 (Llama 2), equation 2, for the margin.
+    """
+    difference = _margin(chosen_scores, rejected_scores)
+    return -logsigmoid(difference if margins is None else difference - margins).sum()
+
+
+def centring_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """sum (R(x, y_w) + R(x, y_l))^2, scores [N] each: it puts the zero, which preferences leave open, in the middle.
+
+    Source: Eisenstein et al. 2023, section 3.
     """
     if chosen_scores.shape != rejected_scores.shape:
         raise ValueError(f"shapes differ: {tuple(chosen_scores.shape)}, {tuple(rejected_scores.shape)}")
-    return -logsigmoid(chosen_scores - rejected_scores).sum()
+    return (chosen_scores + rejected_scores).square().sum()
 
 
 def prefix_preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -30,14 +31,20 @@ class Answered:
     ids: tuple[int, ...]
     prompt_length: int
 
+    @property
+    def length(self) -> int:
+        """Tokens of the answer alone."""
+        return len(self.ids) - self.prompt_length
+
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt; `prompt` tells which it is."""
+    """Two answers to one prompt; `prompt` tells which it is, `margin` by how much the chosen one is better."""
 
     prompt: str
     chosen: Answered
     rejected: Answered
+    margin: float = 0.0
 
 
 Item = TypeVar("Item", Example, Pair)
@@ -193,6 +200,7 @@ View = Callable[[PreTrainedTokenizerBase, Text, str], Answered]
 def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int, view: View) -> SplitRows[Pair]:
     """`prompt`, `chosen` and `rejected`; where the two answers are conversations the prompt may be left out.
 
+    A column `margin` says by how much the chosen answer is better.
     `view` says how a model meets an answer: `as_read` by a reward model, `as_written` by a policy. A pair that is too
     long and truncated loses tokens from the left of its prompt, so that the answers' ends stay.
     """
@@ -224,7 +232,22 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, view: View) -> Pair:
         first, second = (_after_prompt(row, prompt, answer) for answer in (chosen, rejected))
     else:
         prompt, first, second = _implicit_prompt(row, chosen, rejected)
-    return _apart(row, Pair(repr(prompt), view(tokenizer, prompt, first), view(tokenizer, prompt, second)))
+    better, worse = (view(tokenizer, prompt, answer) for answer in (first, second))
+    return _apart(row, Pair(repr(prompt), better, worse, _margin(row)))
+
+
+def _margin(row: Row) -> float:
+    """How much better the chosen answer is said to be; 0 where nothing is said. Raises BadRowError for no number."""
+    given = row.columns.get("margin")
+    if given is None or given == "":
+        return 0.0
+    try:
+        margin = float(given)
+    except (TypeError, ValueError, OverflowError):
+        margin = math.nan
+    if isinstance(given, bool) or not 0 <= margin < math.inf:
+        raise row.refuse(f"'margin' is {given!r:.60}; allowed is a number from 0: by how much 'chosen' is better.")
+    return margin
 
 
 def _apart(row: Row, pair: Pair) -> Pair:
@@ -299,8 +322,8 @@ def _fit_pair(row: Row, pair: Pair, data: RowsSection, counts: dict[str, int]) -
     if longest <= data.max_tokens:
         return pair
     if data.too_long == "truncate":
-        shorter = (_cut(answered, data.max_tokens) for answered in (pair.chosen, pair.rejected))
-        cut = _apart(row, Pair(pair.prompt, *shorter))
+        chosen, rejected = (_cut(answered, data.max_tokens) for answered in (pair.chosen, pair.rejected))
+        cut = _apart(row, Pair(pair.prompt, chosen, rejected, pair.margin))
         counts["truncated"] += 1
         return cut
     _drop_or_refuse(row, longest, data, counts)

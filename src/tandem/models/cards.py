@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tandem.algo import ByLength
 from tandem.config import AdapterSection
 from tandem.errors import InputError, reason_of
 from tandem.models.loading import REWARD_CARD
@@ -27,14 +28,15 @@ class Probe:
 class RewardCard:
     """Saved beside a reward model as tandem.json.
 
-    `heldout_accuracy` over `heldout_pairs` pairs that it was not trained on (None where there were none);
-    `adapter` holds its LoRA settings
-    where it was trained as an adapter of `base`.
+    `heldout_accuracy` over `heldout_pairs` pairs that it was not trained on (None where there were none), `by_length`
+    the same by which answer is the longer one (None in cards of old); `adapter` holds its LoRA settings where it was
+    trained as an adapter of `base`.
     """
 
     base: str
     heldout_accuracy: float | None
     heldout_pairs: int
+    by_length: ByLength | None
     adapter: AdapterSection | None
     probes: list[Probe]
 
@@ -44,6 +46,24 @@ class RewardCard:
             self.heldout_accuracy is not None
             and self.heldout_accuracy < 0.5 + 2 * (0.25 / max(1, self.heldout_pairs)) ** 0.5
         )
+
+    def doubts(self) -> list[str]:
+        """What speaks against training a policy under it, in words for a person."""
+        found = []
+        if self.near_chance():
+            found.append(
+                f"accuracy {self.heldout_accuracy:.3f} on {self.heldout_pairs} held-out pairs is chance. A policy will "
+                "climb this reward all the same and learn nothing that it was meant to; train a better reward model "
+                "first."
+            )
+        if self.by_length is not None and self.by_length.only_length():
+            longer, shorter = self.by_length.longer, self.by_length.shorter
+            found.append(
+                f"it has learnt length: accuracy {longer:.2f} where the chosen answer is the longer one, {shorter:.2f} "
+                "where it is the shorter one. A policy will grow longer or shorter under it, and no better; give it "
+                "pairs of equal length, or more of the rarer kind."
+            )
+        return found
 
 
 def make_probes(scorer: Scorer, texts: Sequence[Sequence[int]]) -> list[Probe]:
@@ -74,7 +94,9 @@ def read_card(source: str) -> RewardCard | None:
             "heldout_accuracy": None if accuracy is None else float(accuracy),
             "heldout_pairs": int(content["heldout_pairs"]),
         }
-        return RewardCard(**content | numbers | {"base": str(content["base"]), "adapter": adapter, "probes": probes})
+        by_length = content.get("by_length") and ByLength(**content["by_length"])
+        made = {"base": str(content["base"]), "by_length": by_length, "adapter": adapter, "probes": probes}
+        return RewardCard(**content | numbers | made)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged ({reason_of(error)}); copy the reward model's folder again, or "

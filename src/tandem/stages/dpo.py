@@ -23,7 +23,7 @@ from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
 from tandem.stages.from_data import Lesson, run_from_data, trained_part
-from tandem.stages.pairs import answer_tokens, by_prompt, micro_batches, right_order
+from tandem.stages.pairs import answer_tokens, by_prompt, micro_batches
 from tandem.types import Tokens, split_by_tokens
 
 
@@ -155,7 +155,7 @@ def add_metrics(
     pairs = len(chosen)
     chosen, rejected = (settings.beta * ratios.detach() for ratios in (chosen, rejected))
     sums.add(f"{where}/loss", loss.detach(), pairs)
-    sums.add(f"{where}/accuracy", right_order(chosen, rejected), pairs)
+    sums.add(f"{where}/accuracy", algo.right_order(chosen, rejected), pairs)
     sums.add(f"{where}/margin", (chosen - rejected).sum(), pairs)
     sums.add(f"{where}/reward_chosen", chosen.sum(), pairs)
     sums.add(f"{where}/reward_rejected", rejected.sum(), pairs)

@@ -263,18 +263,15 @@ def check_end(config: PpoConfig, stop_ids: Collection[int], progress: Progress) 
 
 
 def introduce(reward_models: dict[str, RewardModel], progress: Progress) -> None:
-    """Say how good each reward model is known to be, and warn where it is no better than a coin."""
+    """Say how good each reward model is known to be, and warn of what speaks against it."""
     for name, model in reward_models.items():
         if model.card is None or model.card.heldout_accuracy is None:
             progress.say(f"reward model {name}: carries no held-out accuracy.")
             continue
         accuracy, pairs = model.card.heldout_accuracy, model.card.heldout_pairs
         progress.say(f"reward model {name}: accuracy {accuracy:.3f} on {pairs} held-out pairs.")
-        if model.card.near_chance():
-            progress.warn(
-                f"that is chance. The policy will climb this reward all the same and learn nothing that it was "
-                f"meant to; train a better reward model first ({name})."
-            )
+        for doubt in model.card.doubts():
+            progress.warn(f"reward model {name}: {doubt}")
 
 
 def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, ValueLearner] | SharedLearner:

@@ -15,11 +15,13 @@ from tandem.types import Tokens, whole_texts
 @dataclass(frozen=True)
 class Together:
     """Pairs that pass through a model together: their distinct answers, and the rows [n] of those where each pair's
-    chosen and rejected one stand."""
+    chosen and rejected one stand, with by how much the chosen one is better [n], and longer in tokens [n]."""
 
     answers: Sequence[Answered]
     chosen: Tensor
     rejected: Tensor
+    margins: Tensor
+    longer_by: Tensor
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -55,7 +57,9 @@ def _together(pairs: Sequence[Pair]) -> Together:
     answers = list(dict.fromkeys(answer for pair in pairs for answer in (pair.chosen, pair.rejected)))
     row = {answer: number for number, answer in enumerate(answers)}
     chosen, rejected = ([row[getattr(pair, side)] for pair in pairs] for side in ("chosen", "rejected"))
-    return Together(answers, torch.tensor(chosen), torch.tensor(rejected))
+    margins = torch.tensor([pair.margin for pair in pairs])
+    longer_by = torch.tensor([pair.chosen.length - pair.rejected.length for pair in pairs])
+    return Together(answers, torch.tensor(chosen), torch.tensor(rejected), margins, longer_by)
 
 
 def by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
@@ -64,8 +68,3 @@ def by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
     for pair in pairs:
         groups.setdefault(pair.prompt, []).append(pair)
     return list(groups.values())
-
-
-def right_order(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """How many of the pairs [n] are in the order of the preference; a tie counts as half."""
-    return (chosen > rejected).sum() + (chosen == rejected).sum() / 2

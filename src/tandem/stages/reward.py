@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem import algo
 from tandem.config import RewardConfig
-from tandem.data.examples import Pair, as_read, endless_order, read_pairs
+from tandem.data.examples import Pair, SplitRows, as_read, endless_order, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.cards import RewardCard, make_probes, write_card
 from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
@@ -26,7 +26,7 @@ from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
 from tandem.stages.from_data import Lesson, run_from_data
-from tandem.stages.pairs import by_prompt, micro_batches, right_order
+from tandem.stages.pairs import by_prompt, micro_batches
 
 
 def run_reward(config: RewardConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
@@ -59,15 +59,14 @@ def prepare(config: RewardConfig, progress: Progress) -> Lesson[Pair]:
         steps=math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch),
         eval_every=config.eval_every,
         learn=lambda pairs: train_on(learner, pairs, engine, config),
-        measure=lambda: measure_heldout(learner, rows.heldout, budget) if rows.heldout else {},
+        measure=lambda: measure_heldout(learner, rows.heldout, budget),
         write_down=asdict,
-        save=lambda folder, reached: save(
-            learner, config, tokenizer, rows.heldout or rows.train, reached.heldout, folder
-        ),
+        save=lambda folder, reached: save(learner, config, tokenizer, rows, reached.heldout, folder, progress),
         facts=lambda reached: {
             "train_pairs": len(rows.train),
             "heldout_accuracy": reached.heldout.get("heldout/accuracy"),
             "heldout_pairs": len(rows.heldout),
+            "heldout": {"before": reached.before, "after": reached.heldout},
         },
         headline=["loss", "accuracy"],
         memory_knobs=training_knobs(config),
@@ -104,9 +103,12 @@ def build(config: RewardConfig, device: torch.device) -> RewardLearner:
 class PairScores:
     """Scores of pairs: at the answers' ends [n], and after each of their tokens [n, T].
 
-    After an answer's end its last score stands; `mask` [n, T] is true up to the longer answer's end.
+    After an answer's end its last score stands; `mask` [n, T] is true up to the longer answer's end. `margins` [n] say
+    by how much the chosen answers are better, `longer_by` [n] by how many tokens they are longer.
     """
 
+    margins: Tensor
+    longer_by: Tensor
     chosen: Tensor
     rejected: Tensor
     chosen_by_token: Tensor
@@ -120,14 +122,16 @@ def train_on(
     """One optimiser step on a minibatch of pairs."""
     sums = algo.Sums()
     for scores in scored_parts(learner.model, pairs, config.compute.tokens_per_microbatch):
-        loss = total = algo.preference_loss(scores.chosen, scores.rejected)
+        loss = total = algo.preference_loss(scores.chosen, scores.rejected, scores.margins)
+        if config.centring_weight > 0:
+            total = total + config.centring_weight * algo.centring_loss(scores.chosen, scores.rejected)
         if config.every_token_weight > 0:
             by_token = algo.prefix_preference_loss(scores.chosen_by_token, scores.rejected_by_token, scores.mask)
-            total = loss + config.every_token_weight * by_token
+            total = total + config.every_token_weight * by_token
             sums.add("train/every_token_loss", by_token.detach(), len(scores.chosen))
         engine.backward(total / len(pairs))
         sums.add("train/loss", loss.detach(), len(scores.chosen))
-        sums.add("train/accuracy", right_order(scores.chosen, scores.rejected), len(scores.chosen))
+        sums.add("train/accuracy", algo.right_order(scores.chosen, scores.rejected), len(scores.chosen))
         sums.add("train/margin", (scores.chosen - scores.rejected).detach().sum(), len(scores.chosen))
     check_losses(sums, engine)
     return {**sums.means(), "train/grad_norm": engine.step()}
@@ -135,15 +139,38 @@ def train_on(
 
 @torch.no_grad()
 def measure_heldout(learner: RewardLearner, pairs: Sequence[Pair], budget: int) -> dict[str, float]:
-    """Loss, accuracy, margin and score on pairs that were not trained on. A tie counts as half right."""
-    sums = algo.Sums()
-    for scores in scored_parts(learner.model, pairs, budget):
-        chosen, rejected = scores.chosen, scores.rejected
-        sums.add("heldout/loss", algo.preference_loss(chosen, rejected), len(chosen))
-        sums.add("heldout/accuracy", right_order(chosen, rejected), len(chosen))
-        sums.add("heldout/margin", (chosen - rejected).sum(), len(chosen))
-        sums.add("heldout/score", (chosen + rejected).sum(), 2 * len(chosen))
-    return dict(sums.means())
+    """Loss, accuracy, margin and score on pairs that were not trained on; accuracy by which answer is the longer one,
+    and how far the scores' sureness is from their accuracy. A tie counts as half right."""
+    sums, parts = algo.Sums(), list(scored_parts(learner.model, pairs, budget))
+    if not parts:
+        return {}
+    for scores in parts:
+        loss = algo.preference_loss(scores.chosen, scores.rejected, scores.margins)
+        sums.add("heldout/loss", loss, len(scores.chosen))
+    chosen, rejected, longer_by = (
+        torch.cat([getattr(scores, name) for scores in parts]) for name in ("chosen", "rejected", "longer_by")
+    )
+    by_length = algo.accuracy_by_length(chosen, rejected, longer_by)
+    return {
+        **sums.means(),
+        "heldout/accuracy": float(algo.right_order(chosen, rejected)) / len(chosen),
+        "heldout/margin": float((chosen - rejected).mean()),
+        "heldout/score": float((chosen + rejected).mean() / 2),
+        "heldout/accuracy_chosen_longer": by_length.longer,
+        "heldout/pairs_chosen_longer": by_length.longer_pairs,
+        "heldout/accuracy_chosen_shorter": by_length.shorter,
+        "heldout/pairs_chosen_shorter": by_length.shorter_pairs,
+        "heldout/calibration_error": algo.preference_calibration_error(chosen, rejected),
+    }
+
+
+def length_of(heldout: Mapping[str, float]) -> algo.ByLength | None:
+    """What held-out metrics say of length, or None where nothing was held out."""
+    if not heldout:
+        return None
+    sides = ("longer", "shorter")
+    found = [(heldout[f"heldout/accuracy_chosen_{s}"], int(heldout[f"heldout/pairs_chosen_{s}"])) for s in sides]
+    return algo.ByLength(*found[0], *found[1])
 
 
 def scored_parts(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> Iterator[PairScores]:
@@ -155,6 +182,8 @@ def scored_parts(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> Iter
         after = torch.where(tokens.mask, after, last)
         chosen, rejected = part.chosen.to(after.device), part.rejected.to(after.device)
         yield PairScores(
+            margins=part.margins.to(after.device),
+            longer_by=part.longer_by.to(after.device),
             chosen=last[chosen, 0],
             rejected=last[rejected, 0],
             chosen_by_token=after[chosen],
@@ -167,19 +196,23 @@ def save(
     learner: RewardLearner,
     config: RewardConfig,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
+    rows: SplitRows[Pair],
     heldout: Mapping[str, float],
     folder: Path,
+    progress: Progress,
 ) -> None:
-    """The model, and its card."""
+    """The model and its card, with what is known against it."""
     save_scalar(learner.model, tokenizer, folder)
     scorer = DecoderScorer(learner.model, config.compute.tokens_per_microbatch)
-    probes = make_probes(scorer, [pair.chosen.ids for pair in pairs[:4]])
+    probes = make_probes(scorer, [pair.chosen.ids for pair in (rows.heldout or rows.train)[:4]])
     card = RewardCard(
         base=config.model,
         heldout_accuracy=heldout.get("heldout/accuracy"),
-        heldout_pairs=int(bool(heldout)) * len(pairs),
+        heldout_pairs=len(rows.heldout),
+        by_length=length_of(heldout),
         adapter=config.adapters,
         probes=probes,
     )
     write_card(card, folder)
+    for doubt in card.doubts():
+        progress.warn(doubt)
