@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -283,3 +284,55 @@ def test_second_interrupt_stops_at_once_and_loses_no_saved_step(tiny, tmp_path):
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert list((tmp_path / "ppo" / "checkpoints").glob("step_*"))
+
+
+def test_training_ends_where_it_gets_no_better_and_the_best_is_saved(tiny, tmp_path, capsys):
+    rows = [{"prompt": f"the sea {n}", "completion": f" was {n}"} for n in range(30)]
+    words = ["sft", f"--model={tiny()}", f"--data.train={write(tmp_path / 's.jsonl', rows)}", "--epochs=40"]
+    words += [
+        "--sequences_per_minibatch=9",
+        "--optimizer.lr=0.03",
+        "--eval_every=1",
+        f"--run.directory={tmp_path / 'run'}",
+    ]
+    assert (
+        main(
+            [
+                *words,
+                "--checkpoints.best_metric=heldout/loss",
+                "--checkpoints.best_is=lowest",
+                "--checkpoints.patience=3",
+            ]
+        )
+        == 0
+    )
+    assert "no better since step" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    losses = {row["step"]: row["heldout/loss"] for row in read_metrics(tmp_path / "run")}
+    best = min(losses, key=losses.get)
+    assert not summary["interrupted"]
+    assert summary["best_step"] == best
+    assert summary["steps"] == best + 3 == max(losses)
+    assert summary["heldout"]["after"]["heldout/loss"] == losses[best]
+    assert main(["sft", "--resume", str(tmp_path / "run")]) == 0
+    assert "finished" in capsys.readouterr().out
+    model = str(tmp_path / "run" / "model")
+    again = ["sft", f"--model={model}", f"--data.train={tmp_path / 's.jsonl'}", f"--run.directory={tmp_path / 'again'}"]
+    assert main([*again, "--epochs=0.1"]) == 0
+    before = json.loads((tmp_path / "again" / "summary.json").read_text())["heldout"]["before"]["heldout/loss"]
+    assert before == pytest.approx(losses[best], abs=1e-5)
+
+
+def test_a_joint_run_ends_where_it_gets_no_better(tiny, tmp_path, capsys):
+    function, marker = self_ending_reward(tmp_path, 1)
+    marker.touch()
+    words = [*ppo_words(tmp_path, tiny(), f"--rewards.0.function={function}", "--value.start=policy"), "--steps=40"]
+    words += [f"--data.eval_prompts={prompt_file(tmp_path)}", "--eval_every=1", "--policy.lr=0.003"]
+    words += ["--checkpoints.best_metric=heldout/objective/kl", "--checkpoints.best_is=lowest"]
+    assert main([*words, "--checkpoints.patience=2"]) == 0
+    assert "no better since step" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
+    distances = {row["step"]: row["heldout/objective/kl"] for row in read_metrics(tmp_path / "ppo")}
+    assert summary["best_step"] == min(distances, key=distances.get)
+    assert summary["steps"] == summary["best_step"] + 2
+    assert summary["heldout"]["after"]["objective/kl"] == distances[summary["best_step"]]

@@ -67,6 +67,11 @@ class CheckpointSection(Section):
         None, description="a metric whose best checkpoint is kept too, such as heldout/objective/score"
     )
     best_is: Literal["highest", "lowest"] = Field("highest", description="which value of best_metric is the best")
+    patience: Count | None = Field(
+        None,
+        description="evaluations in a row that may fail to better best_metric; then training ends, and the best "
+        "checkpoint's models are saved",
+    )
     spare_copy: bool = Field(
         True,
         description="keep what trains twice in memory while an update runs that takes over 10 s, so that a SIGTERM "
@@ -75,8 +80,9 @@ class CheckpointSection(Section):
 
     @model_validator(mode="after")
     def _meant(self) -> Self:
-        if self.best_metric is None and self.best_is != "highest":
-            raise ValueError("best_is has no effect here: it needs best_metric; leave it out")
+        for name, value, idle in (("best_is", self.best_is, "highest"), ("patience", self.patience, None)):
+            if self.best_metric is None and value != idle:
+                raise ValueError(f"{name} has no effect here: it needs best_metric; leave it out")
         return self
 
 

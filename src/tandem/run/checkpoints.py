@@ -43,14 +43,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Kept:
-    """A checkpoint on disk, by its manifest: its step, and the metric that it was kept for, if any."""
+    """A checkpoint on disk, and its step."""
 
     path: Path
     step: int
-    metric: float | None
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, metric: float | None = None) -> Kept:
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Kept:
     """Write a checkpoint into the folder of checkpoints. Raises OSError where the disk does not take it."""
     target = folder / f"step_{snapshot.step:06d}"
     partial = folder / f".partial_{target.name}"
@@ -60,7 +59,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, metric: float | None = No
         save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, partial / _TENSORS)
     (partial / _STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
     files = {name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in _CONTENT}
-    manifest = {"format": FORMAT, "step": snapshot.step, "metric": metric, "files": files}
+    manifest = {"format": FORMAT, "step": snapshot.step, "files": files}
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name in (*_CONTENT, _MANIFEST):
         flush_to_disk(partial / name)
@@ -69,7 +68,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, metric: float | None = No
         shutil.rmtree(target)
     partial.rename(target)
     flush_to_disk(folder)
-    return Kept(target, snapshot.step, metric)
+    return Kept(target, snapshot.step)
 
 
 _CONTENT = (_TENSORS, _STATE)
@@ -83,7 +82,7 @@ def newest_good(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
     for path in sorted(folder.glob("step_*"), reverse=True):
         problem = damage(path)
         if problem is None:
-            return _read(path)
+            return read_checkpoint(path)
         aside = path.with_name(f"damaged_{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -119,7 +118,7 @@ def kept_checkpoints(folder: Path) -> list[Kept]:
         for path in sorted(folder.glob("step_*")):
             try:
                 manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-                yield Kept(path, int(manifest["step"]), manifest["metric"])
+                yield Kept(path, int(manifest["step"]))
             except (OSError, ValueError, KeyError, TypeError):
                 continue
 
@@ -132,7 +131,8 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(path: Path) -> Snapshot:
+def read_checkpoint(path: Path) -> Snapshot:
+    """What was written; see `damage` for whether it still is."""
     state = json.loads((path / _STATE).read_text(encoding="utf-8"))
     manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
     return Snapshot(manifest["step"], load_file(path / _TENSORS), state)

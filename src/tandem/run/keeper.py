@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import shutil
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from tandem.config import CheckpointSection
 from tandem.errors import InputError, Interrupted, RunError
-from tandem.run.checkpoints import Kept, Snapshot, kept_checkpoints, write_checkpoint
+from tandem.run.checkpoints import Kept, Snapshot, damage, kept_checkpoints, read_checkpoint, write_checkpoint
 from tandem.run.signals import Terminated
 from tandem.run.space import check_space
 
@@ -30,6 +31,7 @@ class Keeper:
     def __init__(self, folder: Path, settings: CheckpointSection, sync: Callable[[], None]) -> None:
         self._folder, self._settings, self._sync = folder, settings, sync
         self._kept = kept_checkpoints(folder)
+        self._measured = measured_so_far(folder.parent / "metrics.jsonl", settings.best_metric)
         self._saved_at, self._saved_step = time.monotonic(), self._kept[-1].step if self._kept else 0
         self._marked: Snapshot | None = None
         self._update_seconds = float("inf")
@@ -42,9 +44,9 @@ class Keeper:
         Raises RunError where the disk does not take a checkpoint.
         """
         self._marked = snapshot
-        best = self._if_best(metrics)
+        best = self._if_best(snapshot.step, metrics)
         if snapshot.step > self._saved_step and (best is not None or self._due(snapshot.step)):
-            self._save(snapshot, best)
+            self._save(snapshot)
 
     def mark(self, snapshot: Snapshot) -> None:
         """Remember a state to go back to."""
@@ -94,7 +96,7 @@ class Keeper:
         Raises RunError where the disk does not take it.
         """
         if self._marked is not None and self._marked.step > self._saved_step:
-            self._save(self._marked, None)
+            self._save(self._marked)
         self.wait()
 
     def wait(self) -> None:
@@ -130,8 +132,28 @@ class Keeper:
         waited = time.monotonic() - self._saved_at
         return (every is not None and step % every == 0) or waited >= 60 * self._settings.every_minutes
 
-    def _if_best(self, metrics: Mapping[str, float]) -> float | None:
-        """The metric that checkpoints are kept for, where it was measured now and is better than ever.
+    @property
+    def best_step(self) -> int | None:
+        """The first step at which the best value of the metric that counts was measured."""
+        pick = max if self._settings.best_is == "highest" else min
+        return pick(self._measured, key=lambda step: self._measured[step]) if self._measured else None
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether so many evaluations in a row failed to better the best one that training should end."""
+        best, patience = self.best_step, self._settings.patience
+        return patience is not None and best is not None and sum(step > best for step in self._measured) >= patience
+
+    def best_snapshot(self) -> Snapshot:
+        """The checkpoint of the best step. Raises RunError where it is damaged."""
+        self.wait()
+        path = self._folder / f"step_{self.best_step or 0:06d}"
+        if (problem := damage(path)) is not None:
+            raise RunError(f"the best checkpoint {path} is damaged ({problem}).")
+        return read_checkpoint(path)
+
+    def _if_best(self, step: int, metrics: Mapping[str, float]) -> float | None:
+        """The metric that counts, where it was measured now and is better than ever.
 
         Raises InputError where no metric of that name is measured.
         """
@@ -145,33 +167,35 @@ class Keeper:
         value = metrics.get(name, math.nan)
         if not math.isfinite(value):
             return None
-        self.wait()
-        before = [one.metric for one in self._kept if one.metric is not None]
-        return value if all(self._better(value, other) for other in before) else None
+        self._measured[step] = value
+        return value if self.best_step == step else None
 
-    def _better(self, one: float, other: float) -> bool:
-        return one > other if self._settings.best_is == "highest" else one < other
-
-    def _save(self, snapshot: Snapshot, metric: float | None) -> None:
+    def _save(self, snapshot: Snapshot) -> None:
         self.wait()
         self._saved_at, self._saved_step = time.monotonic(), snapshot.step
         own = snapshot.copied()
-        self._writing = self._writer.submit(self._write, own, metric)
+        self._writing = self._writer.submit(self._write, own)
 
-    def _write(self, snapshot: Snapshot, metric: float | None) -> Kept:
+    def _write(self, snapshot: Snapshot) -> Kept:
         self._folder.mkdir(exist_ok=True)
         self._sync()
-        return write_checkpoint(self._folder, snapshot, metric)
+        return write_checkpoint(self._folder, snapshot)
 
     def _prune(self) -> None:
         newest = sorted(self._kept, key=lambda one: one.step)[-self._settings.keep :]
-        measured = [one for one in self._kept if one.metric is not None]
-        pick = max if self._settings.best_is == "highest" else min
-        best = [pick(measured, key=lambda one: one.metric or 0.0)] if measured and self._settings.best_metric else []
+        staying = [one for one in self._kept if one in newest or one.step == self.best_step]
         for one in self._kept:
-            if one not in newest and one not in best:
+            if one not in staying:
                 shutil.rmtree(one.path, ignore_errors=True)
-        self._kept = [one for one in self._kept if one in newest or one in best]
+        self._kept = staying
+
+
+def measured_so_far(metrics: Path, name: str | None) -> dict[int, float]:
+    """The values of a metric by step, as a run has written them down."""
+    if name is None or not metrics.exists():
+        return {}
+    rows = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
+    return {row["step"]: row[name] for row in rows if row.get(name) is not None}
 
 
 def _remedy(error: OSError) -> str:

@@ -60,7 +60,8 @@ class Lesson(Generic[Item]):
 @dataclass(frozen=True)
 class Standing:
     """How far training has come: the latest step with its metrics, whether they are written down already, the latest
-    held-out metrics and those before the first step, and the steps that were skipped."""
+    held-out metrics and those before the first step, the steps that were skipped, and the step whose model is kept
+    where training ended for getting no better."""
 
     step: int
     row: Mapping[str, float]
@@ -68,6 +69,7 @@ class Standing:
     before: Mapping[str, float]
     heldout: Mapping[str, float]
     faults: Faults
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def sum_up(training: Training[Item], reached: Standing, seed: int) -> dict[str, 
         lesson.save(folder.model, reached)
     summary = {
         "stage": training.stage,
-        "interrupted": reached.step < lesson.steps,
+        "interrupted": reached.step < lesson.steps and reached.best_step is None,
+        "best_step": reached.best_step,
         "seed": seed,
         "steps": reached.step,
         "seconds": training.seconds,
@@ -169,12 +172,14 @@ def train_from_data(training: Training[Item], standing: Standing | None) -> Stan
                 short = {name: standing.row.get(f"train/{name}", float("nan")) for name in lesson.headline}
                 shown.advance(short)
             keeper.boundary(training.snapshot(standing), standing.row)
-            if standing.step >= lesson.steps or signals.requested:
+            if standing.step >= lesson.steps or keeper.out_of_patience or signals.requested:
                 break
             standing = step(training, standing, list(islice(items, lesson.items_per_step)))
             keeper.mark(training.snapshot(standing))
     signals.end_if_terminating()
     keeper.save_marked()
+    if keeper.out_of_patience:
+        return back_to_best(training, standing)
     return standing if standing.step == lesson.steps else interrupted(training, standing)
 
 
@@ -229,6 +234,13 @@ def conclude(training: Training[Item], standing: Standing) -> Standing:
         row |= heldout
     training.folder.log(standing.step, row)
     return replace(standing, row=row, logged=True, heldout=heldout)
+
+
+def back_to_best(training: Training[Item], standing: Standing) -> Standing:
+    """The model of the best checkpoint, where more steps did not make it better; the steps done stay as they are."""
+    best = take_up(training.lesson, training.folder.keeper.best_snapshot())
+    training.progress.say(f"no better since step {best.step}: training ends, and the model of that step is saved.")
+    return replace(standing, heldout=best.heldout, best_step=best.step)
 
 
 def interrupted(training: Training[Item], standing: Standing) -> Standing:

@@ -112,7 +112,7 @@ def train(run: JointRun, standing: Standing) -> Standing:
                 standing = conclude(run, standing)
                 shown.advance(headline(standing.row))
             keeper.boundary(run.snapshot(standing), standing.row)
-            if standing.state.finished or run.signals.requested:
+            if standing.state.finished or keeper.out_of_patience or run.signals.requested:
                 break
             state, row = step(run, standing, next(prompts))
             standing = replace(standing, state=state, row=row, logged=False)
@@ -120,6 +120,13 @@ def train(run: JointRun, standing: Standing) -> Standing:
     run.signals.end_if_terminating()
     keeper.save_marked()
     return standing
+
+
+def back_to_best(run: JointRun) -> int:
+    """Bring the models back to the best checkpoint, where more steps did not make them better; returns its step."""
+    best = take_up(run.stage, run.config, run.folder.keeper.best_snapshot()).state.step
+    run.progress.say(f"no better since step {best}: training ends, and the models of that step are saved.")
+    return best
 
 
 def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[JointState, dict[str, float]]:
@@ -182,7 +189,8 @@ def conclude(run: JointRun, standing: Standing) -> Standing:
 def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
     """Measure what was reached, save the models, write the summary."""
     stage, state, config = run.stage, standing.state, run.config
-    interrupted, heldout_after = not state.finished, dict[str, float]()
+    best_step = back_to_best(run) if run.folder.keeper.out_of_patience else None
+    interrupted, heldout_after = not state.finished and best_step is None, dict[str, float]()
     if interrupted:
         run.progress.warn(
             f"interrupted; the models are saved as they are after step {state.step}. Go on with: tandem ppo --resume "
@@ -198,6 +206,7 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
         "interrupted": interrupted,
         "seed": config.run.seed,
         "steps": state.step,
+        "best_step": best_step,
         "warmup_steps": state.course.warmup_done,
         "seconds": run.seconds,
         **machine_record(stage.placement.device),
