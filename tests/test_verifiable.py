@@ -36,7 +36,7 @@ def test_answers_are_equal_as_mathematics(response, answer, expected):
     assert math_answer(["q"], [response], [{"answer": answer}]) == [expected]
 
 
-@pytest.mark.parametrize("row", [{}, {"answer": None}, {"answer": ["72"]}, {"answer": "no mathematics here"}])
+@pytest.mark.parametrize("row", [{}, {"answer": None}, {"answer": ["72"]}, {"answer": ""}])
 def test_a_row_without_an_answer_is_told(row):
     with pytest.raises(ValueError, match="answer"):
         math_answer(["q"], ["72"], [row])
@@ -75,7 +75,7 @@ def test_the_recipe_runs_on_real_problems(tiny, tmp_path):
     source = SHARED / "data" / "gsm8k" / "train.jsonl"
     if not source.is_file():
         pytest.skip("the GSM8K problems are not at hand")
-    assert main(gsm8k_words(source, tiny, tmp_path)) == 0
+    assert main(gsm8k_words(source, tiny, tmp_path, "--data.max_prompt_tokens=200")) == 0
 
 
 def test_rows_without_answers_are_refused_before_training(tiny, tmp_path, capsys):
