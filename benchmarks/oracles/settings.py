@@ -105,7 +105,7 @@ TREE_ROWS = [
         first_tree,
         _on_tree(kl__placement="loss", kl__estimator="k3"),
         "the other direction of the KL as well",
-        above=0.5,
+        above=0.3,
     ),
     Row("k2 in the reward", first_tree, _on_tree(kl__estimator="k2"), "a biased gradient", above=0.05),
     Row("k3 in the reward", first_tree, _on_tree(kl__estimator="k3"), "a biased gradient", above=0.05),
