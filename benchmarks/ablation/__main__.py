@@ -74,23 +74,26 @@ def stories(model: Path, source: Path, seeds: int, only: Sequence[str]) -> list[
 
 
 def demo(model: Path, folders: Sequence[Path], only: Sequence[str]) -> list[Run]:
-    recipe = str(ROOT / "src" / "tandem" / "demo" / "ppo.toml")
+    """A setting on every seed before the next; the demo's own joint stages stand for its own setting."""
     runs = []
-    for folder in folders:
-        seed = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seed"]
-        base = [
-            recipe,
-            f"--policy.model={model}",
-            f"--rewards.0.model={folder / 'reward' / 'model'}",
-            f"--data.prompts={folder / 'data' / 'openings.jsonl'}",
-            f"--data.eval_prompts={folder / 'data' / 'heldout_openings.jsonl'}",
-            "--adapters.upper_layers=15",
-            f"--run.seed={seed}",
-        ]
-        for name, words in _chosen(DEMO, only).items():
+    for name, words in _chosen(DEMO, only).items():
+        for folder in folders:
+            seed = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seed"]
             place = RUNS / "demo" / f"{_slug(name)}-{seed}" if words else folder / "ppo"
-            runs.append(Run(name, seed, place, [*base, *words]))
+            runs.append(Run(name, seed, place, [*_demo_words(model, folder), f"--run.seed={seed}", *words]))
     return runs
+
+
+def _demo_words(model: Path, folder: Path) -> list[str]:
+    """The demo's joint stage on what a finished demo has left."""
+    return [
+        str(ROOT / "src" / "tandem" / "demo" / "ppo.toml"),
+        f"--policy.model={model}",
+        f"--rewards.0.model={folder / 'reward' / 'model'}",
+        f"--data.prompts={folder / 'data' / 'openings.jsonl'}",
+        f"--data.eval_prompts={folder / 'data' / 'heldout_openings.jsonl'}",
+        "--adapters.upper_layers=15",
+    ]
 
 
 def _chosen(settings: Mapping[str, list[str]], only: Sequence[str]) -> Mapping[str, list[str]]:

@@ -29,9 +29,9 @@ STORIES: dict[str, list[str]] = {
 DEMO: dict[str, list[str]] = {
     "as the demo": [],
     "lambda_value 1": ["--advantage.lambda_value=1.0"],
+    "KL in the loss, k2": ["--kl.placement=loss", "--kl.estimator=k2"],
     "whitened advantages": ["--advantage.whiten=true"],
     "value epochs 1": ["--value.epochs=1"],
-    "KL in the loss, k2": ["--kl.placement=loss", "--kl.estimator=k2"],
     "sharing head": [
         "--sharing.mode=head",
         "--value.start=policy",
