@@ -98,7 +98,7 @@ TREE_ROWS = [
         first_tree,
         _on_tree(kl__placement="loss", kl__estimator="k2"),
         "blind to later KL: the wrong fixed point",
-        above=0.5,
+        above=0.3,
     ),
     Row(
         "KL as a loss, k3",
