@@ -110,7 +110,8 @@ def page(everything: Mapping[str, Any], rows: Mapping[str, Row]) -> tuple[str, l
         *_study_rows(everything["studies"]),
         "",
         "Under the weakest hold (beta .25) the optimum is nearly one response alone, and 300 steps end short of it. "
-        "The trained policy then has more gold reward than the curve at its KL: it has climbed the errors of the fit less.",
+        "The trained policy then has more gold reward than the curve at its KL: it has climbed the errors of the fit "
+        "less.",
         "",
         "## DPO",
         "The project's own DPO step on pairs drawn by the Bradley-Terry model of gold, 600 steps of 2,048 of them; the "
