@@ -23,8 +23,7 @@ from faults.suites import run_suite
 DOCS = Path(__file__).parents[2] / "docs"
 LIVES = 6
 SUITES = [
-    ("test_resume.py", "damaged"),
-    ("test_resume.py", "two_runs or stale"),
+    ("test_resume.py", "damaged or two_runs"),
     ("test_faults.py", ""),
     ("test_rewards.py", ""),
     ("test_remote_rewards.py", ""),
