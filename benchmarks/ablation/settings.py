@@ -31,11 +31,4 @@ DEMO: dict[str, list[str]] = {
     "lambda_value 1": ["--advantage.lambda_value=1.0"],
     "KL in the loss, k2": ["--kl.placement=loss", "--kl.estimator=k2"],
     "whitened advantages": ["--advantage.whiten=true"],
-    "value epochs 1": ["--value.epochs=1"],
-    "sharing head": [
-        "--sharing.mode=head",
-        "--value.start=policy",
-        "--value.epochs=1",
-        "--value.sequences_per_minibatch=32",
-    ],
 }
