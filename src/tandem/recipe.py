@@ -18,6 +18,8 @@ from pydantic_core import ErrorDetails
 from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError
 
+RECORD = "run.json"
+
 StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, DpoConfig, PpoConfig)
 
 
@@ -50,18 +52,20 @@ def resumed_run(stage: str, words: Sequence[str]) -> tuple[Path | None, list[str
         if at >= len(rest) or rest[at].startswith("--"):
             raise InputError("--resume needs the folder of a run.")
         named = rest.pop(at)
-    run, found = Path(named), stage_of(Path(named))
+    run = Path(named)
+    found = read_record(run)["stage"]
     if found != stage:
         raise InputError(f"--resume {named}: that is a run of another stage; go on by tandem {found} --resume {named}.")
     return run, rest
 
 
-def stage_of(run: Path) -> str:
-    """The command that made a run. Raises InputError where the folder holds none."""
+def read_record(run: Path) -> dict[str, Any]:
+    """What a run began with, the command that made it among it. Raises InputError where the folder holds none."""
     try:
-        return str(json.loads((run / "run.json").read_text(encoding="utf-8"))["stage"])
-    except (OSError, ValueError, KeyError) as error:
-        reason = "it has no run.json" if isinstance(error, FileNotFoundError) else "its run.json cannot be read"
+        record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        return {**record, "stage": str(record["stage"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {RECORD}" if isinstance(error, FileNotFoundError) else f"its {RECORD} cannot be read"
         raise InputError(f"--resume {run}: the folder holds no run that can go on ({reason}).") from error
 
 

@@ -35,6 +35,11 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
     state: Mapping[str, Any]
 
+    def under(self, group: str) -> dict[str, Tensor]:
+        """The tensors named `group/name`, by name."""
+        prefix = f"{group}/"
+        return {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
+
     def copied(self) -> Self:
         """The same on tensors of its own, in main memory."""
         own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}

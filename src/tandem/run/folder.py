@@ -12,10 +12,10 @@ from typing import Any, Self
 import tomli_w
 
 from tandem.errors import InputError, NotFinite
-from tandem.recipe import without_none
+from tandem.recipe import RECORD, without_none
 from tandem.run.disk import finite_or_none, write_json, write_whole, writing
 from tandem.run.keeper import Keeper
-from tandem.run.record import RECORD, Recipe
+from tandem.run.record import Recipe
 from tandem.run.start import CHECKPOINTS, Start
 from tandem.run.trackers import Place, Tracker, open_trackers
 

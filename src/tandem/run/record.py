@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import secrets
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,6 @@ import tandem
 from tandem.config import CheckpointSection, RunSection
 from tandem.errors import InputError
 
-RECORD = "run.json"
 _INPUTS = {"model", "function", "train", "eval", "prompts", "eval_prompts", "rollouts"}
 _WHOLE = 2**26
 _EDGE = 2**20
@@ -57,16 +55,6 @@ def made_with() -> dict[str, Any]:
     }
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Raises InputError where the folder holds no run."""
-    try:
-        return dict(json.loads((path / RECORD).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise InputError(f"--resume {path}: the folder holds no run (it has no {RECORD}).") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"--resume {path}: {RECORD} cannot be read: {error}.") from error
-
-
 def check_inputs(path: Path, record: Mapping[str, Any], config: Recipe) -> None:
     """Raises InputError where a model or a data file is not what the run began with."""
     now = dict(_fingerprints(config.model_dump()))
@@ -94,8 +82,9 @@ def _fingerprints(tree: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, 
             yield from _fingerprints(value, f"{dotted}.")
         elif name in _INPUTS and isinstance(value, str):
             path = Path(value.rpartition(":")[0] if name == "function" else value).expanduser()
-            found = _fingerprint(path)
-            if found is not None and str(path) != ".":
+            # A name without a place is the working folder to Path, which holds runs, data and much else.
+            found = None if str(path) == "." else _fingerprint(path)
+            if found is not None:
                 yield dotted, {"source": value, "sha256": found}
 
 

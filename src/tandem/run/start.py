@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import InputError
-from tandem.recipe import flat, without_none
+from tandem.recipe import flat, read_record, without_none
 from tandem.run.checkpoints import Snapshot, newest_good, remove_partial
 from tandem.run.progress import Progress
-from tandem.run.record import Recipe, check_inputs, differences, read_record, record_of
+from tandem.run.record import Recipe, check_inputs, differences, record_of
 
 CHECKPOINTS = "checkpoints"
 

@@ -195,15 +195,10 @@ def take_up(lesson: Lesson[Item], snapshot: Snapshot) -> Standing:
 
     Raises InputError for another model's snapshot, or one of more steps than are planned.
     """
-
-    def under(group: str) -> dict[str, Any]:
-        names = (name for name in snapshot.tensors if name.startswith(group))
-        return {name.removeprefix(group): snapshot.tensors[name] for name in names}
-
     state = snapshot.state
     check_planned(snapshot.step, lesson.steps, "epochs")
-    lesson.engine.load_state(under("model/"))
-    restore_random(under("process/"), state["random"])
+    lesson.engine.load_state(snapshot.under("model"))
+    restore_random(snapshot.under("process"), state["random"])
     faults = Faults(*state["faults"])
     return Standing(snapshot.step, state["row"], state["logged"], state["before"], state["heldout"], faults)
 

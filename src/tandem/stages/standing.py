@@ -61,17 +61,13 @@ def take_up(stage: JointStage, config: PpoConfig, snapshot: Snapshot) -> Standin
     state = snapshot.state
     check_planned(state["state"]["course"]["done"], config.steps, "steps")
     for name, engine in stage.engines.items():
-        engine.load_state(_under(name, snapshot.tensors))
+        engine.load_state(snapshot.under(name))
     for name, random in stage.randoms.items():
         random.set_state(snapshot.tensors[f"random/{name}"])
     stage.set_value_units(*state["value_units"])
-    restore_random(_under("process", snapshot.tensors), state["random"])
+    restore_random(snapshot.under("process"), state["random"])
     return Standing(restored_state(config, state["state"]), state["row"], state["logged"], state["begun"])
 
 
 def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
-
-
-def _under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{group}/"): one for name, one in tensors.items() if name.startswith(f"{group}/")}
