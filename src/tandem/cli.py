@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic_core import PydanticUndefined
 
 from tandem import __version__
+from tandem.allocator import keep_memory
 from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, Interrupted, RunError
 from tandem.recipe import fields_of, is_finished, load_config, resumed_run
@@ -26,6 +27,7 @@ _STAGES: dict[str, Any] = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoC
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    keep_memory()
     try:
         if words and words[0] in _STAGES and not {"-h", "--help"} & set(words):
             return _run_stage(words[0], words[1:])

@@ -184,7 +184,8 @@ class Trajectories:
     """Rollouts scored and measured under the models of the moment; nothing here carries a gradient.
 
     tokens: see Tokens; [B, T] each, in nats: `behaviour_logprobs` of the sampler as it sampled, `logprobs` of
-    the policy before this step's updates (the denominator of the ratio), `reference_logprobs`;
+    the policy before this step's updates (the denominator of the ratio), `reference_logprobs`; `recomputed` [B] bool:
+    the policy was run for this row, where else the sampler's log-probabilities stand for its own;
     values [B, T]: of the state before each token; final_values [B]: of the state after the last token;
     ended [B] bool: the response ended by itself; scores [B] paid at the last token; process_rewards [B, T] paid at
     their own.
@@ -193,6 +194,7 @@ class Trajectories:
     tokens: Tokens
     behaviour_logprobs: Tensor
     logprobs: Tensor
+    recomputed: Tensor
     reference_logprobs: Tensor
     values: Tensor
     final_values: Tensor
