@@ -237,18 +237,28 @@ class Batch:
         return replace(self, tokens=tokens, **others)
 
 
+SMALLEST_GROUP = 512
+
+
 def split_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
     """Rows in groups whose padded size, rows times longest, stays within the budget; a long row stands alone.
 
     lengths [B] -> row indices, each once, longest first: the first group needs the most memory, so a run that
-    does not fit fails at its start.
+    does not fit fails at its start. A group of SMALLEST_GROUP tokens or more ends early, before a row that would be
+    more than a tenth padding.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     ordered = lengths[order].tolist()
     groups: list[Tensor] = []
     start = 0
     while start < len(ordered):
-        rows = max(1, budget // max(1, ordered[start]))
-        groups.append(order[start : start + rows])
-        start += rows
+        longest, end = max(1, ordered[start]), start + 1
+        while (
+            end < len(ordered)
+            and (end + 1 - start) * longest <= budget
+            and (ordered[end] >= 0.9 * longest or (end - start) * longest < SMALLEST_GROUP)
+        ):
+            end += 1
+        groups.append(order[start:end])
+        start = end
     return groups

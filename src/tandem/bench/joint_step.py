@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from tandem.allocator import keep_memory
+from tandem.bench.counting import counting
 from tandem.bench.decoding import fixed_length_generator, random_prompts
 from tandem.bench.workloads import Workload
 from tandem.config import PpoConfig
@@ -88,11 +89,18 @@ def measure(workload: Workload, reward_model: str, steps: int) -> dict[str, Any]
     torch.manual_seed(workload.seed)
     stage, config = stage_of(workload, reward_model)
     state, rows = start_state(config), []
-    for number in range(steps + 1):
-        prompts = random_prompts(stage.tokenizer, workload, number)
-        state, row = step(stage, config, state, prompts)
-        rows.append(row)
-    return {"steps": rows[1:], "first_step": rows[0], **machine_record(stage.placement.device)}
+    trunks = [model.trunk for model in (stage.models.policy, stage.models.reference, stage.models.value)]
+    with counting(trunks) as counts:
+        for number in range(steps + 1):
+            prompts = random_prompts(stage.tokenizer, workload, number)
+            state, row = step(stage, config, state, prompts)
+            rows.append(row)
+    return {
+        "steps": rows[1:],
+        "first_step": rows[0],
+        "peak_logits_bytes": counts.largest_logits_bytes,
+        **machine_record(stage.placement.device),
+    }
 
 
 if __name__ == "__main__":

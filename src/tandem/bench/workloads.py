@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
+Precision = Literal["float32", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -21,7 +23,7 @@ class Workload:
     sequences: int
     prompt_tokens: int
     response_tokens: int
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
     epochs: int = 1
     sharing: Literal["separate", "adapters"] = "separate"
     upper_layers: int | None = None
