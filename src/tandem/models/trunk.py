@@ -144,23 +144,25 @@ class Trunk:
     def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
         """The tokens with the activations of the shared lower layers, if there are such layers.
 
-        Rows that the latest batch held, with or without their last token, are not run again: what a causal model
+        Texts that were run since `forget`, with or without their last token, are not run again: what a causal model
         computes of a text does not depend on what follows.
         """
         tokens = tokens.to(self.device)
         if self._cut == 0:
             return tokens
         texts = [tuple(row[:length]) for row, length in zip(tokens.ids.tolist(), tokens.lengths.tolist(), strict=True)]
-        if any(text not in self._lower_of for text in texts):
-            self._lower_of = {}
-            for rows in split_by_tokens(tokens.lengths, tokens_per_microbatch):
-                for row, lower in zip(rows.tolist(), self._lower(tokens.select(rows).ids), strict=True):
-                    self._lower_of |= {texts[row]: lower, texts[row][:-1]: lower}
+        new = torch.tensor(
+            [number for number, text in enumerate(texts) if text not in self._lower_of], dtype=torch.int64
+        )
+        for group in split_by_tokens(tokens.lengths.cpu()[new], tokens_per_microbatch):
+            rows = new[group]
+            for row, lower in zip(rows.tolist(), self._lower(tokens.select(rows).ids), strict=True):
+                self._lower_of |= {texts[row]: lower, texts[row][:-1]: lower}
         found = [self._lower_of[text][: len(text)] for text in texts]
         return replace(tokens, activations=torch.nn.utils.rnn.pad_sequence(found, batch_first=True))
 
     def forget(self) -> None:
-        """Let the next `prepare` run all that it is given: a step must not depend on what an earlier one read."""
+        """Let the next `prepare` run all that it is given: a step must not depend on what was read before it."""
         self._lower_of = {}
 
     def _lower(self, ids: Tensor) -> Tensor:
