@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import statistics
@@ -47,17 +48,20 @@ class BenchSettings:
 def run_bench(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     """Time the rows one after the other; with `out`, write the page, the same as JSON, and the growth's plot.
 
+    Rows that the folder holds from before, of the same machine and versions, stay.
+
     Raises InputError where nothing is left to time, RunError where a side fails.
     """
     device = pick_device(settings.device)
     threads = settings.threads or torch.get_num_threads()
     rows = chosen_rows(settings, device, threads, progress)
     pythons = interpreters(settings)
-    record: dict[str, Any] = {"machine": machine(device, threads), "rows": []}
+    record = earlier(settings.out, machine(device, threads))
     with Bench(pythons, settings.rounds, settings.steps, progress.say) as bench:
         for row in rows:
-            record["rows"].append(bench.run(row))
-            progress.say(line(record["rows"][-1]))
+            found = bench.run(row)
+            record["rows"] = [other for other in record["rows"] if other["workload"] != found["workload"]] + [found]
+            progress.say(line(found))
     if settings.growth:
         record["growth"] = measure_growth(threads, settings.steps, progress.say)
     if settings.out is not None:
@@ -68,6 +72,19 @@ def run_bench(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
             if settings.growth:
                 plot(record["growth"], settings.out / "performance-growth.png")
     return record
+
+
+def earlier(out: Path | None, here: dict[str, Any]) -> dict[str, Any]:
+    """What was timed on this machine with these versions before, so that rows can be timed one by one."""
+    path = None if out is None else out / "performance.json"
+    if path is not None and path.is_file():
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(f"{path} is damaged; remove it, and time all rows anew.") from None
+        if record.get("machine") == here:
+            return dict(record)
+    return {"machine": here, "rows": []}
 
 
 def chosen_rows(settings: BenchSettings, device: torch.device, threads: int, progress: Progress) -> list[Row]:

@@ -35,7 +35,10 @@ def page(record: Mapping[str, Any]) -> str:
     )
     parts = [HEAD.format(machine=said)]
     for kind, title in ((STEP, "A joint step"), (DECODING, "Decoding alone")):
-        rows = [row for row in record["rows"] if row["kind"] == kind]
+        rows = sorted(
+            (row for row in record["rows"] if row["kind"] == kind),
+            key=lambda row: (row["workload"]["name"], row["workload"]["precision"] != "float32"),
+        )
         if rows:
             parts.append(f"## {title}\n{_table(kind, rows)}")
     if any(row["tandem"]["phases"] for row in record["rows"]):
