@@ -60,7 +60,7 @@ def run_bench(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     with Bench(pythons, settings.rounds, settings.steps, progress.say) as bench:
         for row in rows:
             found = bench.run(row)
-            record["rows"] = [other for other in record["rows"] if other["workload"] != found["workload"]] + [found]
+            record["rows"] = [other for other in record["rows"] if not same_work(other, found)] + [found]
             progress.say(line(found))
     if settings.growth:
         record["growth"] = measure_growth(threads, settings.steps, progress.say)
@@ -85,6 +85,10 @@ def earlier(out: Path | None, here: dict[str, Any]) -> dict[str, Any]:
         if record.get("machine") == here:
             return dict(record)
     return {"machine": here, "rows": []}
+
+
+def same_work(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one["kind"] == other["kind"] and one["workload"] == other["workload"]
 
 
 def chosen_rows(settings: BenchSettings, device: torch.device, threads: int, progress: Progress) -> list[Row]:
