@@ -26,6 +26,7 @@ class Group:
 
 def _joint_groups(run: RunRecord) -> tuple[Group, ...]:
     terms, unweighted = reward_terms(run), measured_only(run)
+    adapts = run.setting("kl", "target", None) is not None
     quarters = {f"quarter {n}": f"value/explained_variance_by_position/{n}" for n in range(1, 5)}
     return (
         Group(
@@ -47,7 +48,7 @@ def _joint_groups(run: RunRecord) -> tuple[Group, ...]:
                     )
                     for name in (terms if len(terms) > 1 else ())
                 ),
-                Chart("KL coefficient", {"coefficient": "objective/kl_coefficient"}),
+                *((Chart("KL coefficient", {"coefficient": "objective/kl_coefficient"}),) if adapts else ()),
             ),
         ),
         Group(

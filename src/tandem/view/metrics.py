@@ -62,9 +62,7 @@ JOINT: Mapping[str, Description] = {
         "Around 0.0001 to 0.02. Growing without end means instability.",
         "nats a token",
     ),
-    "policy/approx_kl_at_stop": _D(
-        "That KL where it ended the step's policy updates early.", "", "nats a token"
-    ),
+    "policy/approx_kl_at_stop": _D("That KL where it ended the step's policy updates early.", "", "nats a token"),
     "policy/stopped_early": _D(
         "1 where policy.max_approx_kl left updates out.", "Seldom 1; often means too large steps.", ""
     ),
@@ -151,9 +149,9 @@ FROM_DATA: Mapping[str, Description] = {
         "reward",
     ),
     "reward_rejected": _D("beta log pi/pi_ref of the rejected answers.", "Below the chosen ones'.", "reward"),
-    "accuracy_chosen_longer": _D("Accuracy on pairs whose chosen answer is the longer one.", "Like the other.", "share"),
+    "accuracy_chosen_longer": _D("Accuracy on pairs whose longer answer is chosen.", "Like the other.", "share"),
     "accuracy_chosen_shorter": _D(
-        "Accuracy on pairs whose chosen answer is the shorter one.",
+        "Accuracy on pairs whose shorter answer is chosen.",
         "Like the other: a model that is right on one side only has learnt length.",
         "share",
     ),

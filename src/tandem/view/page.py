@@ -56,7 +56,10 @@ def self_contained(template: str, *, title: str, data: Mapping[str, Any], source
         *(f"<style>{style}</style>" for style in styles),
     ]
     body = [
-        *(f'<script type="application/json" id="{name}">{embedded(content)}</script>' for name, content in data.items()),
+        *(
+            f'<script type="application/json" id="{name}">{embedded(content)}</script>'
+            for name, content in data.items()
+        ),
         *(f"<script>{script}</script>" for script in scripts),
     ]
     page = page.replace('data-source="server"', f'data-source="{source}"')

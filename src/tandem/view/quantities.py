@@ -200,7 +200,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         "surprise",
         "surprise",
         "-log pi(y(t)|s(t))",
-        "How unlikely the policy found the token that was sampled; its mean over tokens estimates the policy's entropy.",
+        "How unlikely the policy found the token that it sampled; its mean estimates the policy's entropy.",
         "nats",
         "zero",
         "linear",

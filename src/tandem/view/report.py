@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import reason_of
@@ -51,9 +51,11 @@ def write_report(path: Path) -> Path:
     return page
 
 
-def report_page(run: RunRecord) -> str:
-    """The whole page."""
-    return self_contained("report.html", title=f"{run.name}: report", data={"report": report_content(run)})
+def report_page(run: RunRecord, source: Literal["page", "server"] = "page") -> str:
+    """The whole page, as a file of its own or as the viewer's server shows it."""
+    return self_contained(
+        "report.html", title=f"{run.name}: report", data={"report": report_content(run)}, source=source
+    )
 
 
 def report_content(run: RunRecord) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def report_content(run: RunRecord) -> dict[str, Any]:
     samples = SampleIndex(run)
     return {
         "name": run.name,
+        "path": str(run.path),
         "stage": run.stage,
         "stage_name": _STAGE_NAMES.get(run.stage, run.stage),
         "state": state_of(run),
@@ -104,11 +107,11 @@ def change(run: RunRecord, name: str) -> Change | None:
     before, after = heldout(run, "before").get(held), heldout(run, "after").get(held)
     ends = [value for value in (before, *measured, after) if value is not None]
     if len(ends) > 1 and before is not None:
-        return Change(before, ends[-1], "held out, before and after")
+        return Change(before, ends[-1], "held out")
     if ends:
         return Change(ends[0] if len(ends) > 1 else None, ends[-1], "held out")
     training = [value for row in run.metrics if (value := row.get(name)) is not None]
-    return Change(training[0], training[-1], "training, first and last step") if training else None
+    return Change(training[0], training[-1], "training") if training else None
 
 
 def tiles(run: RunRecord) -> Iterator[dict[str, Any] | None]:
@@ -223,9 +226,7 @@ def _critic_at(label: str, row: Mapping[str, float | None]) -> dict[str, Any]:
     predicted, earned = numbered("calibration/predicted_{:02d}"), numbered("calibration/earned_{:02d}")
     return {
         "label": label,
-        "deciles": [
-            [one, other] for one, other in zip(predicted, earned, strict=False) if None not in (one, other)
-        ],
+        "deciles": [[one, other] for one, other in zip(predicted, earned, strict=False) if None not in (one, other)],
         "quarters": numbered("value/explained_variance_by_position/{}"),
     }
 
@@ -287,9 +288,7 @@ def machine(run: RunRecord) -> list[dict[str, str]]:
     rows = [(title, summary[name]) for name, title in names.items() if summary.get(name) is not None]
     versions = summary.get("versions")
     rows += list(versions.items()) if isinstance(versions, Mapping) else []
-    return [
-        {"name": name, "value": f"{value:.2f}" if isinstance(value, float) else str(value)} for name, value in rows
-    ]
+    return [{"name": name, "value": f"{value:.2f}" if isinstance(value, float) else str(value)} for name, value in rows]
 
 
 def time_by_phase(run: RunRecord) -> dict[str, Any]:

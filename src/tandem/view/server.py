@@ -64,7 +64,7 @@ class ViewServer(ThreadingHTTPServer):
             name = path.removeprefix("/static/")
             return _TYPES[name.rpartition(".")[2]], static_file(name)
         if path == "/report.html":
-            return "text/html", report_page(read_run(self.run.path))
+            return "text/html", report_page(read_run(self.run.path), "server")
         if path == "/api/index":
             return "application/json", _json(viewer_content(self.run, self.samples))
         if path == "/api/sample":
@@ -86,10 +86,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: ViewServer
     server_version, sys_version = "tandem", ""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer(self.wfile.write)
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer(lambda _: 0)
 
     def _answer(self, write: Callable[[bytes], int]) -> None:
@@ -101,8 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
             for name, value in _HEADERS.items():
                 self.send_header(name, value)
-            if self.path != "/report.html":
-                self.send_header("Content-Security-Policy", _POLICY)
+            # The report's own policy, which names its scripts, stands in the page.
+            policy = "frame-ancestors 'none'" if self.path == "/report.html" else _POLICY
+            self.send_header("Content-Security-Policy", policy)
             self.end_headers()
             write(content)
         except (BrokenPipeError, ConnectionResetError):

@@ -181,7 +181,7 @@ function curve(one, place, scale) {
     open = y !== null;
   }
   const nodes = [drawn("path", { class: `curve series-${number}`, d: path })];
-  if (points.length <= 40) {
+  if (points.length <= 24) {
     for (const [x, y] of points) if (y !== null) nodes.push(drawn("circle", { class: `dot-${number}`, cx: x, cy: y, r: 2.4 }));
   }
   return nodes;

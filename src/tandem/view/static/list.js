@@ -81,7 +81,7 @@ class SampleList {
     const measured = sorting?.shown ? `${sorting.short} ${sorting.shown(n)}` : `score ${shortNumber(index.score[n])}`;
     const node = element(
       "div",
-      { class: "item", role: "option", id: `sample-${n}`, "data-sample": n, "aria-selected": n === this.selected, "aria-setsize": this.order.length, "aria-posinset": place + 1 },
+      { class: "item", role: "option", id: `sample-${n}`, "data-sample": n, "aria-selected": String(n === this.selected), "aria-setsize": this.order.length, "aria-posinset": place + 1 },
       element("div", { class: "top" }, element("span", {}, index.files[index.file[n]].label), element("span", { class: "number" }, measured)),
       element("div", { class: "line soft" }, ...excerpt(index.prompts[index.prompt[n]], this.query)),
       element("div", { class: "line" }, ...excerpt(index.response[n], this.query)),

@@ -14,12 +14,16 @@ function heading() {
     {},
     element("div", { class: "title" }, element("h1", {}, report.name), element("span", { class: "soft" }, report.stage_name), element("span", { class: "grow" }), theme.button()),
     element("p", {}, report.state),
+    document.body.dataset.source === "server"
+      ? element("p", {}, element("a", { href: "./" }, "Look at every token"))
+      : element("p", { class: "soft" }, "To look at every token: ", element("code", {}, `tandem view ${report.path}`)),
   );
 }
 
 function tiles() {
   const found = report.tiles.map((tile) => {
-    const moved = tile.before === null || tile.before === undefined ? null : signed(tile.after - tile.before);
+    const moved = tile.before === null ? null : signed(tile.after - tile.before);
+    const unit = tile.unit && tile.unit !== "reward" ? tile.unit : null;
     return element(
       "div",
       { class: "surface tile" },
@@ -29,9 +33,8 @@ function tiles() {
         { class: "big" },
         tile.before === null ? null : element("small", {}, `${shortNumber(tile.before)} → `),
         shortNumber(tile.after),
-        tile.unit && tile.unit !== "reward" ? element("small", {}, ` ${tile.unit}`) : null,
       ),
-      element("p", { class: "note number" }, `${moved === null ? "" : `${moved}; `}${tile.where}`),
+      element("p", { class: "note number" }, [moved, unit, tile.where].filter(Boolean).join(", ")),
     );
   });
   const findings = report.health;

@@ -60,7 +60,7 @@ class Viewer {
     for (const [place, quantity] of this.index.quantities.entries()) {
       const button = element(
         "button",
-        { type: "button", role: "radio", "aria-checked": false, "data-quantity": quantity.name, onclick: () => this.colourBy(quantity) },
+        { type: "button", role: "radio", "data-quantity": quantity.name, onclick: () => this.colourBy(quantity) },
         element("kbd", {}, String(place + 1)),
         quantity.title,
       );
