@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def sample(rng: random.Random, prompt: str, tokens: Sequence[str] | None = None,
     rewards = [-0.05 * (one - other) for one, other in zip(logprobs, reference, strict=True)]
     rewards[-1] += score
     values = [rng.gauss(0, 1) for _ in tokens]
-    outcomes = [sum(rewards[at:]) for at in range(count)]
+    outcomes = list(itertools.accumulate(reversed(rewards)))[::-1]
     return {
         "prompt": prompt,
         "prompt_ids": [1],
