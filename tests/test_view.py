@@ -30,7 +30,8 @@ from tandem.view.pieces import pieces_of
 from tandem.view.quantities import QUANTITIES, TokenNumbers, outcomes, td_errors
 from tandem.view.reading import read_run
 from tandem.view.report import REPORT, report_content, reported, write_report
-from tandem.view.samples import SampleIndex, index_content, parse_sample, sample_content
+from tandem.view.sample_index import SampleIndex, index_content
+from tandem.view.samples import parse_sample, sample_content
 from tandem.view.server import ViewServer
 from tiny import make_tokenizer
 
@@ -149,7 +150,10 @@ def test_heldout_curves_begin_before_the_first_step_and_end_after_the_last(run):
 def test_every_curve_that_a_run_measured_is_shown_once_or_more(run):
     found = curves(read_run(run))
     shown = {series["name"] for group in found["groups"] for chart in group["charts"] for series in chart["series"]}
-    assert shown == {name for name in found["points"] if not name.startswith("calibration/")}
+    assert shown == set(found["points"])
+    assert shown == {name for name in metrics_row(1) if name != "step" and "calibration/" not in name} | {
+        "heldout/objective/score"
+    }
 
 
 def test_files_stand_in_the_run_s_course(run):

@@ -25,7 +25,8 @@ class Group:
 
 
 def _joint_groups(run: RunRecord) -> tuple[Group, ...]:
-    terms, unweighted = reward_terms(run), measured_only(run)
+    unweighted = measured_only(run)
+    weighted = [name for name in reward_terms(run) if name not in unweighted]
     adapts = run.setting("kl", "target", None) is not None
     quarters = {f"quarter {n}": f"value/explained_variance_by_position/{n}" for n in range(1, 5)}
     return (
@@ -46,7 +47,7 @@ def _joint_groups(run: RunRecord) -> tuple[Group, ...]:
                         f"{name}, measured only" if name in unweighted else name,
                         {"training": f"objective/score/{name}", "held out": f"heldout/objective/score/{name}"},
                     )
-                    for name in (terms if len(terms) > 1 else ())
+                    for name in (*(weighted if len(weighted) > 1 else ()), *unweighted)
                 ),
                 *((Chart("KL coefficient", {"coefficient": "objective/kl_coefficient"}),) if adapts else ()),
             ),
@@ -126,17 +127,14 @@ def _data_groups() -> tuple[Group, ...]:
 def curves(run: RunRecord) -> dict[str, Any]:
     """The groups of charts that have anything to show, and the points of every metric.
 
-    Metrics that no chart names have one each in a last group, so that nothing that a run measured stays hidden.
+    Metrics that no chart names have one each in a last group, so that nothing that a run measured stays hidden; the
+    deciles of the calibration alone are drawn elsewhere, as what they are.
     """
-    points = points_of(run)
+    points = {name: series for name, series in points_of(run).items() if "calibration/" not in name}
     groups = _joint_groups(run) if run.stage == "ppo" else _data_groups()
     shown = [(group.title, [chart for chart in map(_present(points), group.charts) if chart]) for group in groups]
     named = {name for _, charts in shown for chart in charts for name in chart.series.values()}
-    rest = [
-        Chart(name, {name.rpartition("/")[2]: name})
-        for name in points
-        if name not in named and not name.startswith(("calibration/", "heldout/calibration/"))
-    ]
+    rest = [Chart(name, {name.rpartition("/")[2]: name}) for name in points if name not in named]
     shown.append(("Everything else that was measured", rest))
     return {
         "groups": [

@@ -10,7 +10,8 @@ from typing import Any
 from tandem.errors import InputError
 from tandem.view.page import GENERATOR, embedded, self_contained, write_page
 from tandem.view.reading import RunRecord
-from tandem.view.samples import IndexedFile, SampleIndex, sample_content
+from tandem.view.sample_index import IndexedFile, SampleIndex
+from tandem.view.samples import sample_content
 from tandem.view.server import viewer_content
 
 # A page that holds more than this is slow to open; a folder is read bit by bit.

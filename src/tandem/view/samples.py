@@ -1,17 +1,14 @@
-"""The samples that a run saved: an index of all of them, and each one in full when it is asked for."""
+"""A saved sample: parsed, and as the page shows it."""
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tandem.view.pieces import pieces_of
 from tandem.view.quantities import QUANTITIES, Numbers, Quantity, TokenNumbers, outcomes
-from tandem.view.reading import FAULTS, ROLLOUTS, RunRecord, number_or_none, objects_of, parse_object
+from tandem.view.reading import RunRecord, number_or_none
 
 _ARRAYS = (
     "behaviour_logprobs",
@@ -22,11 +19,6 @@ _ARRAYS = (
     "advantages",
     "returns",
 )
-_FILE_NAME = re.compile(r"(step|heldout)_(\d+|before|after)")
-# Of each sample so many tokens, evenly spaced, tell how wide a quantity spreads over the run.
-_TOKENS_FOR_SCALE = 16
-# Colours are full at this quantile of the distances from the neutral point.
-_FULL_COLOUR = 0.98
 
 
 @dataclass(frozen=True)
@@ -44,121 +36,6 @@ class Sample:
     def quantity(self, quantity: Quantity) -> Numbers:
         """[T], None where it cannot be told."""
         return quantity.compute(self.numbers)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A sample in the index: where it stands in its file, and what it is searched and sorted by.
-
-    `extremes` holds, for each quantity, the token's value that is furthest from the neutral point; `spread` some of
-    its values, to scale colours by.
-    """
-
-    offset: int
-    size: int
-    prompt: str
-    response: str
-    score: float | None
-    ended: bool | None
-    tokens: int
-    kl: float | None
-    extremes: tuple[float | None, ...]
-    spread: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
-class SampleFile:
-    """The samples of one step or evaluation; `order` places it in the run's course."""
-
-    name: str
-    path: Path
-    kind: str
-    label: str
-    order: tuple[float, int]
-
-
-@dataclass(frozen=True)
-class IndexedFile:
-    file: SampleFile
-    stamp: tuple[int, int]
-    entries: tuple[Entry, ...]
-    unreadable: int
-
-
-class SampleIndex:
-    """An index of a run's samples that is built in one streaming pass, and again for the files that changed."""
-
-    def __init__(self, run: RunRecord) -> None:
-        self._run = run
-        self._files: list[IndexedFile] = []
-        self._lock = threading.Lock()
-
-    def refresh(self) -> list[IndexedFile]:
-        """Read what is new, in the order of the run's course."""
-        with self._lock:
-            known = {indexed.file.name: indexed for indexed in self._files}
-            found = []
-            for file in sample_files(self._run.path):
-                try:
-                    stamp = _stamp(file.path)
-                    earlier = known.get(file.name)
-                    found.append(earlier if earlier and earlier.stamp == stamp else self._read(file, stamp))
-                except OSError:
-                    continue
-            self._files = found
-            return found
-
-    @property
-    def files(self) -> list[IndexedFile]:
-        return self._files
-
-    def sample(self, name: str, row: int) -> Sample:
-        """One sample in full. Raises LookupError where there is none, or none any more."""
-        indexed = next((one for one in self._files if one.file.name == name), None)
-        if indexed is None or not 0 <= row < len(indexed.entries):
-            raise LookupError(f"{name} has no sample {row}")
-        entry = indexed.entries[row]
-        try:
-            with indexed.file.path.open("rb") as file:
-                file.seek(entry.offset)
-                found = parse_object(file.read(entry.size))
-        except OSError:
-            found = None
-        sample = None if found is None else parse_sample(found, self._run)
-        if sample is None:
-            raise LookupError(f"{name} has changed since it was indexed; load the page again")
-        return sample
-
-    def _read(self, file: SampleFile, stamp: tuple[int, int]) -> IndexedFile:
-        entries, unreadable = [], 0
-        for offset, size, row in objects_of(file.path):
-            sample = None if row is None else parse_sample(row, self._run)
-            if sample is not None:
-                entries.append(_entry(sample, offset, size))
-            elif row is None or file.kind != "fault":
-                unreadable += 1
-        return IndexedFile(file, stamp, tuple(entries), unreadable)
-
-
-def sample_files(run: Path) -> list[SampleFile]:
-    """The files of samples, in the order of the run's course: an evaluation after the step that it measures."""
-    found = [_sample_file(path, kind) for kind in (ROLLOUTS, FAULTS) for path in (run / kind).glob("*.jsonl")]
-    return sorted((file for file in found if file is not None), key=lambda file: (file.order, file.name))
-
-
-def _sample_file(path: Path, folder: str) -> SampleFile | None:
-    match = _FILE_NAME.fullmatch(path.stem)
-    if match is None:
-        return None
-    what, when = match.groups()
-    step = {"before": 0.0, "after": float("inf")}.get(when) if not when.isdigit() else float(when)
-    assert step is not None
-    if folder == FAULTS:
-        return SampleFile(f"fault_{when}", path, "fault", f"step {int(step)}, skipped", (step, 1))
-    if what == "step":
-        return SampleFile(path.stem, path, "step", f"step {int(step)}", (step, 0))
-    moment = f"after step {int(step)}" if when.isdigit() else f"{when} training"
-    return SampleFile(path.stem, path, "heldout", f"held out, {moment}", (step, 2))
 
 
 def parse_sample(row: Mapping[str, Any], run: RunRecord) -> Sample | None:
@@ -200,93 +77,15 @@ def sample_content(sample: Sample) -> dict[str, Any]:
         "scores": sample.scores,
         "pieces": [piece.text for piece in pieces],
         "kinds": {index: piece.kind for index, piece in enumerate(pieces) if piece.kind != "text"},
-        "quantities": {quantity.name: _short(sample.quantity(quantity)) for quantity in QUANTITIES},
-        "outcomes": _short(outcomes(sample.numbers)),
-        "targets": _short(sample.numbers["returns"]),
+        "quantities": {quantity.name: short(sample.quantity(quantity)) for quantity in QUANTITIES},
+        "outcomes": short(outcomes(sample.numbers)),
+        "targets": short(sample.numbers["returns"]),
     }
 
 
-def index_content(files: Sequence[IndexedFile]) -> dict[str, Any]:
-    """The index as the page gets it: a column for each thing that samples are searched and sorted by."""
-    entries = [(place, entry) for place, indexed in enumerate(files) for entry in indexed.entries]
-    prompts: dict[str, int] = {}
-    return {
-        "files": [
-            {
-                "name": indexed.file.name,
-                "label": indexed.file.label,
-                "kind": indexed.file.kind,
-                "samples": len(indexed.entries),
-            }
-            for indexed in files
-        ],
-        "unreadable": sum(indexed.unreadable for indexed in files),
-        "file": [place for place, _ in entries],
-        "prompt": [prompts.setdefault(entry.prompt, len(prompts)) for _, entry in entries],
-        "prompts": list(prompts),
-        "response": [entry.response for _, entry in entries],
-        "score": _short([entry.score for _, entry in entries]),
-        "ended": [entry.ended for _, entry in entries],
-        "tokens": [entry.tokens for _, entry in entries],
-        "kl": _short([entry.kl for _, entry in entries]),
-        "extremes": {
-            quantity.name: _short([entry.extremes[place] for _, entry in entries])
-            for place, quantity in enumerate(QUANTITIES)
-        },
-        "quantities": [
-            _quantity_content(quantity, [value for _, entry in entries for value in entry.spread[place]])
-            for place, quantity in enumerate(QUANTITIES)
-        ],
-    }
-
-
-def _quantity_content(quantity: Quantity, spread: Sequence[float]) -> dict[str, Any]:
-    """A quantity with the neutral point of its colours and the distance at which they are full."""
-    middle = {"zero": 0.0, "one": 1.0, "mean": sum(spread) / max(1, len(spread))}[quantity.middle]
-    distances = sorted(abs(quantity.distance(value, middle)) for value in spread)
-    limit = distances[int(_FULL_COLOUR * (len(distances) - 1))] if distances else 0.0
-    return {
-        "name": quantity.name,
-        "title": quantity.title,
-        "formula": quantity.formula,
-        "meaning": quantity.meaning,
-        "unit": quantity.unit,
-        "scale": quantity.scale,
-        "middle": middle,
-        "limit": max(limit, quantity.least),
-    }
-
-
-def _entry(sample: Sample, offset: int, size: int) -> Entry:
-    numbers = [sample.quantity(quantity) for quantity in QUANTITIES]
-    present = [[value for value in values if value is not None] for values in numbers]
-    log_ratios = present[[quantity.name for quantity in QUANTITIES].index("kl")]
-    return Entry(
-        offset=offset,
-        size=size,
-        prompt=sample.prompt,
-        response=sample.response,
-        score=sample.score,
-        ended=sample.ended,
-        tokens=len(sample.tokens),
-        kl=sum(log_ratios) if log_ratios else None,
-        extremes=tuple(_furthest(q, values) for q, values in zip(QUANTITIES, present, strict=True)),
-        spread=tuple(tuple(values[:: -(-len(values) // _TOKENS_FOR_SCALE) or 1]) for values in present),
-    )
-
-
-def _furthest(quantity: Quantity, values: Sequence[float]) -> float | None:
-    """The value furthest from the neutral point; the largest, where that point is the run's mean."""
-    if quantity.middle == "mean":
-        return max(values, default=None)
-    middle = 1.0 if quantity.middle == "one" else 0.0
-    return max(values, key=lambda value: abs(quantity.distance(value, middle)), default=None)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Tells a file from what it was before."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+def short(values: Sequence[float | None]) -> Numbers:
+    """To the six decimals that runs are saved with."""
+    return [None if value is None else round(value, 6) for value in values]
 
 
 def _list(value: Any) -> list[Any]:
@@ -297,8 +96,3 @@ def _numbers(value: Any, length: int) -> Numbers:
     """So many numbers, None for those that are missing."""
     found = [number_or_none(item) for item in _list(value)[:length]]
     return found + [None] * (length - len(found))
-
-
-def _short(values: Iterator[float | None] | Sequence[float | None]) -> Numbers:
-    """To the six decimals that runs are saved with."""
-    return [None if value is None else round(value, 6) for value in values]

@@ -13,7 +13,8 @@ from tandem.errors import InputError
 from tandem.view.page import static_file, with_title
 from tandem.view.reading import RunRecord, read_run
 from tandem.view.report import report_page
-from tandem.view.samples import SampleIndex, index_content, sample_content
+from tandem.view.sample_index import SampleIndex, index_content
+from tandem.view.samples import sample_content
 
 HOST = "127.0.0.1"
 _OWN_NAMES = {"127.0.0.1", "localhost", "[::1]"}

@@ -22,18 +22,13 @@ function heading() {
 
 function tiles() {
   const found = report.tiles.map((tile) => {
-    const moved = tile.before === null ? null : signed(tile.after - tile.before);
+    const moved = tile.before === null ? null : `from ${shortNumber(tile.before)}`;
     const unit = tile.unit && tile.unit !== "reward" ? tile.unit : null;
     return element(
       "div",
       { class: "surface tile" },
       element("h3", {}, explained(tile.title, tile)),
-      element(
-        "p",
-        { class: "big" },
-        tile.before === null ? null : element("small", {}, `${shortNumber(tile.before)} → `),
-        shortNumber(tile.after),
-      ),
+      element("p", { class: "big" }, shortNumber(tile.after)),
       element("p", { class: "note number" }, [moved, unit, tile.where].filter(Boolean).join(", ")),
     );
   });
@@ -45,7 +40,7 @@ function tiles() {
       { class: findings && findings.length ? "surface tile finding" : "surface tile" },
       element("h3", {}, "Health"),
       element("p", { class: "big" }, healthy),
-      element("p", { class: "note" }, findings && findings.length ? element("a", { href: "#health" }, "what, why, and what to do") : "by the rules that read the curves"),
+      element("p", { class: "note" }, findings && findings.length ? element("a", { href: "#health" }, "what, why, and what to do") : "by the rules of health"),
     ),
   );
   if (report.time.total) {
@@ -65,7 +60,7 @@ function tiles() {
 
 function health() {
   if (!report.health || report.health.length === 0) return null;
-  const node = section("What is unhealthy", "found by rules that read the curves");
+  const node = section("What is unhealthy", "found by the rules of health");
   node.id = "health";
   for (const finding of report.health) {
     const steps = finding.first_step === finding.last_step ? `step ${finding.first_step}` : `steps ${finding.first_step} to ${finding.last_step}`;
