@@ -200,6 +200,15 @@ def test_the_index_takes_up_what_a_run_has_written_since(run):
     assert after["step_000001"] is before[1]
 
 
+def test_a_link_out_of_the_run_is_not_followed(run, tmp_path):
+    write_lines(tmp_path / "secret.jsonl", [sample(random.Random(1), "secret")])
+    (run / "rollouts" / "step_000007.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    (run / "rollouts").rename(tmp_path / "elsewhere")
+    (run / "rollouts").symlink_to(tmp_path / "elsewhere")
+    assert "step_000007" not in {indexed.file.name for indexed in SampleIndex(read_run(run)).refresh()}
+    assert len(SampleIndex(read_run(run)).refresh()) == 6
+
+
 def test_samples_of_skipped_steps_are_shown_as_far_as_they_came(run):
     why = {"step": 3, "where": "the loss", "remedy": "lower it"}
     unjudged = {"prompt": "the sea", "response": " was", "ended": False, "ids": [1], "behaviour_logprobs": [-1.0]}

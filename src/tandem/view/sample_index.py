@@ -115,8 +115,16 @@ class SampleIndex:
 
 
 def sample_files(run: Path) -> list[SampleFile]:
-    """The files of samples, in the order of the run's course: an evaluation after the step that it measures."""
-    found = [_sample_file(path, kind) for kind in (ROLLOUTS, FAULTS) for path in (run / kind).glob("*.jsonl")]
+    """The files of samples, in the order of the run's course: an evaluation after the step that it measures.
+
+    A link that leads out of its folder is no sample of the run.
+    """
+    found = [
+        _sample_file(path, kind)
+        for kind in (ROLLOUTS, FAULTS)
+        for path in (run / kind).glob("*.jsonl")
+        if path.resolve().parent == (run / kind).resolve()
+    ]
     return sorted((file for file in found if file is not None), key=lambda file: (file.order, file.name))
 
 

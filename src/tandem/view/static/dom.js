@@ -20,8 +20,12 @@ function filled(node, attributes, children) {
   return node;
 }
 
+function byId(id) {
+  return document.getElementById(id);
+}
+
 function embeddedData(id) {
-  const holder = document.getElementById(id);
+  const holder = byId(id);
   return holder === null ? null : JSON.parse(holder.textContent);
 }
 

@@ -6,8 +6,8 @@ const ITEM_HEIGHT = 76;
 class SampleList {
   constructor(index, onOpen) {
     Object.assign(this, { index, onOpen, order: [], selected: -1, query: "" });
-    this.box = document.getElementById("list");
-    this.spacer = document.getElementById("spacer");
+    this.box = byId("list");
+    this.spacer = byId("spacer");
     this.lowered = null;
     this.box.addEventListener("scroll", () => this.draw());
     new ResizeObserver(() => this.draw()).observe(this.box);

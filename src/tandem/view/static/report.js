@@ -213,6 +213,4 @@ function recipe() {
   );
 }
 
-document
-  .getElementById("main")
-  .append(...[heading(), tiles(), health(), ...curves(), critic(), pairs(), element("div", { class: "two-wide" }, ...[timeSpent(), machine()].filter(Boolean)), recipe()].filter(Boolean));
+byId("main").append(...[heading(), tiles(), health(), ...curves(), critic(), pairs(), element("div", { class: "two-wide" }, ...[timeSpent(), machine()].filter(Boolean)), recipe()].filter(Boolean));

@@ -2,9 +2,6 @@
 // The token viewer: one sample at a time, every token coloured by what was chosen, with its exact numbers on hover.
 
 const FIRST_TOKENS = 20000;
-const TOKENS_IN_COLUMN = 2000;
-const COLUMN_SAMPLES = 4;
-const byId = (id) => document.getElementById(id);
 
 const KEYS = [
   ["j k ↓ ↑", "next, previous sample in the list"],
@@ -21,10 +18,11 @@ const KEYS = [
 
 class Viewer {
   constructor(index, samples) {
-    Object.assign(this, { index, samples, open: -1, sample: null, token: -1, across: false, ranking: null });
+    Object.assign(this, { index, samples, open: -1, sample: null, token: -1, ranking: null });
     this.quantity = index.quantities[0];
     this.bus = new Bus();
     this.list = new SampleList(index, (n) => this.show(n));
+    this.columns = new Columns(this);
     this.fillHeader();
     this.fillFilters();
     this.fillQuantities();
@@ -75,7 +73,7 @@ class Viewer {
     for (const id of ["search", "file", "sort"]) byId(id).addEventListener("input", () => this.arrange());
     byId("previous").addEventListener("click", () => this.go(-1));
     byId("next").addEventListener("click", () => this.go(1));
-    byId("across-button").addEventListener("click", () => this.toggleAcross());
+    byId("across-button").addEventListener("click", () => this.columns.toggle());
     byId("help-button").addEventListener("click", () => byId("help").showModal());
     byId("more").addEventListener("click", () => this.drawTokens(Infinity));
     document.addEventListener("keydown", (event) => this.key(event));
@@ -169,7 +167,7 @@ class Viewer {
     this.drawScale();
     this.drawTokens(FIRST_TOKENS);
     this.drawCurve();
-    this.drawAcross();
+    this.columns.draw();
   }
 
   drawScale() {
@@ -303,54 +301,6 @@ class Viewer {
     this.show(there[Math.min(place, there.length - 1)]);
   }
 
-  toggleAcross() {
-    this.across = !this.across;
-    this.drawAcross();
-    if (this.across) byId("columns").scrollIntoView({ block: "nearest" });
-  }
-
-  async drawAcross() {
-    const all = this.samePrompt();
-    const files = [...new Set(all.map((n) => this.index.file[n]))];
-    byId("across-note").textContent = `${all.length} ${all.length === 1 ? "response" : "responses"} at ${files.length} ${files.length === 1 ? "moment" : "moments"}`;
-    byId("across-button").setAttribute("aria-expanded", this.across);
-    byId("across-button").disabled = all.length < 2;
-    byId("columns").hidden = !this.across || all.length < 2;
-    if (byId("columns").hidden) return;
-    const { open } = this;
-    const columns = await Promise.all(files.map((file) => this.column(file, all.filter((n) => this.index.file[n] === file))));
-    if (this.open === open) byId("columns").replaceChildren(...columns);
-  }
-
-  async column(file, members) {
-    const shown = members.slice(0, COLUMN_SAMPLES);
-    if (members.includes(this.open) && !shown.includes(this.open)) shown[shown.length - 1] = this.open;
-    const full = await Promise.all(shown.map((n) => this.samples.get(this.index.files[file].name, this.rowOf(n))));
-    const scores = members.map((n) => this.index.score[n]).filter((score) => score !== null);
-    const mean = scores.length ? scores.reduce((a, b) => a + b, 0) / scores.length : null;
-    const left = members.length - shown.length;
-    return element(
-      "div",
-      { class: "surface" },
-      element("h3", {}, this.index.files[file].label),
-      element("p", { class: "soft number" }, `mean score ${shortNumber(mean)} over ${members.length}`),
-      ...shown.map((n, place) => this.small(n, full[place])),
-      left > 0 ? element("p", { class: "soft" }, `and ${left} more in the list`) : null,
-    );
-  }
-
-  small(n, sample) {
-    const tokens = element("div", { class: "tokens" }, ...(sample.pieces.length ? tokenNodes(sample, this.quantity, TOKENS_IN_COLUMN) : proseText(sample.response)));
-    if (sample.pieces.length > TOKENS_IN_COLUMN) tokens.append(element("span", { class: "soft" }, " …"));
-    tokens.sample = sample;
-    return element(
-      "div",
-      { class: n === this.open ? "one open" : "one" },
-      element("p", { class: "soft number" }, `score ${shortNumber(sample.score)}, KL ${shortNumber(this.index.kl[n])} `, element("button", { type: "button", onclick: () => this.show(n) }, "open")),
-      tokens,
-    );
-  }
-
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
     const typing = event.target.matches("input, select, textarea");
@@ -381,7 +331,7 @@ class Viewer {
       Home: () => this.pick(0),
       End: () => this.pick(this.sample.pieces.length - 1),
       m: () => this.pickExtreme(),
-      c: () => byId("across-button").disabled || this.toggleAcross(),
+      c: () => byId("across-button").disabled || this.columns.toggle(),
       "[": () => this.goAcross(-1),
       "]": () => this.goAcross(1),
     };
@@ -389,39 +339,6 @@ class Viewer {
     if (chosen) return () => this.colourBy(chosen);
     return always[key] || (this.sample === null ? null : withSample[key]) || null;
   }
-}
-
-function tokenNodes(sample, quantity, most) {
-  const nodes = sample.pieces.slice(0, most).map((text, n) => {
-    const kind = sample.kinds[n] || "text";
-    return element("span", { class: `token ${kind}`, "data-token": n }, ...tokenText(text));
-  });
-  paint(nodes, sample, quantity);
-  return nodes;
-}
-
-// Colour each token by its share; those below neutral are underlined too, for eyes that see no hue.
-function paint(nodes, sample, quantity) {
-  const colour = palette();
-  const values = sample.quantities[quantity.name];
-  for (const node of nodes) {
-    const share = shareOf(quantity, values[Number(node.dataset.token)]);
-    node.style.background = share === null ? "" : colour(share);
-    node.classList.toggle("unknown", share === null);
-    node.classList.toggle("below", share !== null && share < -0.25);
-  }
-}
-
-function tokenCard(sample, token, quantities, chosen) {
-  const kinds = { part: "part of the character before it", special: "not in the response's text" };
-  const kind = kinds[sample.kinds[token]];
-  const rows = quantities.map((quantity) => [quantity.title, exactNumber(sample.quantities[quantity.name][token]), quantity === chosen]);
-  rows.push(["earned from here on", exactNumber(sample.outcomes[token]), false], ["value target", exactNumber(sample.targets[token]), false]);
-  return [
-    element("p", { class: "what" }, `${token + 1}: `, ...shownText(sample.pieces[token].slice(0, 80))),
-    kind ? element("p", { class: "soft" }, kind) : null,
-    element("table", {}, ...rows.map(([name, value, bold]) => element("tr", { class: bold ? "chosen" : null }, element("td", {}, name), element("td", {}, value)))),
-  ].filter(Boolean);
 }
 
 async function begin() {
