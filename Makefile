@@ -8,7 +8,7 @@ DEMO_MODEL ?= $(HOME)/.cache/tandem/SmolLM2-135M-Instruct
 CASES ?= 2000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz test lint format examples clean
+.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz screenshots test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -37,6 +37,9 @@ faults: .venv/ready ## end real runs in every known way and see what is lost: do
 
 fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
 	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)
+
+screenshots: .venv/ready ## the pictures of docs/viewing.md, after make demo
+	$(BIN)/python benchmarks/screenshots.py runs/demo/ppo
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest

@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -31,7 +32,7 @@ from tandem.view.quantities import QUANTITIES, TokenNumbers, outcomes, td_errors
 from tandem.view.reading import read_run
 from tandem.view.report import REPORT, report_content, reported, write_report
 from tandem.view.sample_index import SampleIndex, index_content
-from tandem.view.samples import parse_sample, sample_content
+from tandem.view.samples import parse_sample, sample_content, short
 from tandem.view.server import ViewServer
 from tiny import make_tokenizer
 
@@ -47,41 +48,51 @@ def run(tmp_path: Path) -> Path:
 # --- per-token quantities, held against the library's own mathematics
 
 
+def numbers(gamma=1.0, bootstrapped=False, final_value=float("nan"), **arrays: list[float]) -> TokenNumbers:
+    length = len(next(iter(arrays.values())))
+    return TokenNumbers(length, {k: np.array(v) for k, v in arrays.items()}, gamma, bootstrapped, final_value)
+
+
 @pytest.mark.parametrize("bootstrapped", [False, True])
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_td_errors_and_outcomes_are_those_of_the_estimator(gamma, bootstrapped):
     rng = random.Random(0)
     rewards, values = ([rng.gauss(0, 1) for _ in range(7)] for _ in "ab")
-    numbers = TokenNumbers(7, {"rewards": rewards, "values": values}, gamma, bootstrapped, final_value=0.7)
+    given = numbers(gamma, bootstrapped, 0.7, rewards=rewards, values=values)
     mask = torch.ones(1, 7, dtype=torch.bool)
     after = torch.tensor([0.7 if bootstrapped else 0.0], dtype=torch.float64)
     tensors = [torch.tensor([row], dtype=torch.float64) for row in (rewards, values)]
     expected = algo.gae(*tensors, mask, gamma=gamma, lam=0.0, final_values=after)
-    assert td_errors(numbers) == pytest.approx(expected[0].tolist())
-    if bootstrapped:
-        assert outcomes(numbers) == [None] * 7
-    else:
-        earned = algo.gae(tensors[0], torch.zeros(1, 7, dtype=torch.float64), mask, gamma=gamma, lam=1.0)
-        assert outcomes(numbers) == pytest.approx(earned[0].tolist())
+    assert td_errors(given).tolist() == pytest.approx(expected[0].tolist())
+    earned = algo.gae(tensors[0], torch.zeros(1, 7, dtype=torch.float64), mask, gamma=gamma, lam=1.0)
+    known = [float("nan")] * 7 if bootstrapped else earned[0].tolist()
+    assert outcomes(given).tolist() == pytest.approx(known, nan_ok=True)
 
 
 def test_log_ratios_and_ratios():
-    numbers = TokenNumbers(
-        2,
-        {"logprobs": [-1.0, -2.0], "reference_logprobs": [-1.5, None], "behaviour_logprobs": [-1.0, -2.5]},
-        1.0,
-        False,
-        None,
+    given = numbers(
+        logprobs=[-1.0, -2.0, -800.0],
+        reference_logprobs=[-1.5, np.nan, -1.0],
+        behaviour_logprobs=[-1.0, -2.5, -1.0e-9],
     )
-    assert BY_NAME["kl"].compute(numbers) == [0.5, None]
-    assert BY_NAME["ratio"].compute(numbers) == pytest.approx([1.0, 2.718281828**0.5])
-    assert BY_NAME["surprise"].compute(numbers) == [1.0, 2.0]
-    assert BY_NAME["advantage"].compute(numbers) == [None, None]
+    assert short(BY_NAME["kl"].of(given)) == [0.5, None, -799.0]
+    assert short(BY_NAME["ratio"].of(given)) == [1.0, round(2.718281828**0.5, 6), 0.0]
+    assert short(BY_NAME["surprise"].of(given)) == [1.0, 2.0, 800.0]
+    assert short(BY_NAME["advantage"].of(given)) == [None, None, None]
 
 
 def test_without_the_value_after_a_cut_response_its_last_td_error_is_not_known():
-    numbers = TokenNumbers(2, {"rewards": [0.0, 1.0], "values": [0.5, 0.25]}, 1.0, True, None)
-    assert td_errors(numbers) == [-0.25, None]
+    given = numbers(bootstrapped=True, rewards=[0.0, 1.0], values=[0.5, 0.25])
+    assert short(td_errors(given)) == [-0.25, None]
+
+
+def test_numbers_that_are_none_and_arrays_of_another_length_are_gaps(run):
+    row = sample(random.Random(1), "a", [" a", " b", " c"], values=[1.0, None, "x", 3.0], rewards=[1.0], returns={})
+    found = parse_sample(row | {"advantages": [10**400, True, [1]]}, read_run(run))
+    assert short(found.numbers["values"]) == [1.0, None, None]
+    assert short(found.numbers["rewards"]) == [1.0, None, None]
+    assert short(found.numbers["advantages"]) == [None, None, None]
+    assert short(found.numbers["returns"]) == [None, None, None]
 
 
 # --- the text of tokens
@@ -225,7 +236,8 @@ def test_samples_of_skipped_steps_are_shown_as_far_as_they_came(run):
 
 def test_before_and_after_pairs_the_same_prompts(run):
     found = report_content(read_run(run))["pairs"]
-    gains = [row["after"]["score"] - row["before"]["score"] for row in found["rows"]]
+    gains = [row["gain"] for row in found["rows"]]
+    assert gains == [row["after"]["score"] - row["before"]["score"] for row in found["rows"]]
     assert found["count"] == 6
     assert gains == sorted(gains, reverse=True)
     assert [row["place"] for row in found["rows"]] == [

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tandem.view.reading import RunRecord
 from tandem.view.sample_index import IndexedFile, SampleIndex, sample_files
 
 _LONGEST_TEXT = 3000
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rows of two responses to one prompt, before and after, and by how much the later one scored better."""
+
+    before: int
+    after: int
+    gain: float
 
 
 def before_and_after(run: RunRecord) -> dict[str, Any]:
@@ -18,46 +28,43 @@ def before_and_after(run: RunRecord) -> dict[str, Any]:
     if len(found) < 2:
         return {}
     first, last = found
-    both = sorted(_pairs(first, last), key=lambda pair: pair[1][1] - pair[0][1], reverse=True)
+    pairs = sorted(pairs_of(first, last), key=lambda pair: -pair.gain)
     places = {"largest gain": 0.0, "upper quartile": 0.25, "middle": 0.5, "lower quartile": 0.75, "largest loss": 1.0}
-    chosen = {round(share * (len(both) - 1)): name for name, share in reversed(places.items())} if both else {}
+    chosen = {round(share * (len(pairs) - 1)): name for name, share in reversed(places.items())} if pairs else {}
+
+    def said(indexed: IndexedFile, row: int) -> dict[str, Any]:
+        sample = samples.sample(indexed.file.name, row)
+        return {"response": _cut(sample.response), "score": sample.score, "scores": sample.scores}
+
     return {
         "before": first.file.label,
         "after": last.file.label,
-        "count": len(both),
+        "count": len(pairs),
         "rows": [
-            _pair_content(name, samples, (first, both[at][0][0]), (last, both[at][1][0]))
+            {
+                "place": name,
+                "prompt": _cut(first.entries[pairs[at].before].prompt),
+                "gain": pairs[at].gain,
+                "before": said(first, pairs[at].before),
+                "after": said(last, pairs[at].after),
+            }
             for at, name in sorted(chosen.items())
         ],
     }
 
 
-def _pairs(first: IndexedFile, last: IndexedFile) -> list[tuple[tuple[int, float], tuple[int, float]]]:
-    """Rows and scores of responses to the same prompt, the first to the first, the second to the second."""
-    places: dict[str, list[tuple[int, float]]] = {}
+def pairs_of(first: IndexedFile, last: IndexedFile) -> list[Pair]:
+    """The first response to each prompt with the first, the second with the second, where both have a score."""
+    earlier: dict[str, list[tuple[int, float]]] = {}
     for row, entry in enumerate(first.entries):
         if entry.score is not None:
-            places.setdefault(entry.prompt, []).append((row, entry.score))
-    found = []
+            earlier.setdefault(entry.prompt, []).append((row, entry.score))
+    pairs = []
     for row, entry in enumerate(last.entries):
-        if places.get(entry.prompt) and entry.score is not None:
-            found.append((places[entry.prompt].pop(0), (row, entry.score)))
-    return found
-
-
-def _pair_content(
-    name: str, samples: SampleIndex, before: tuple[IndexedFile, int], after: tuple[IndexedFile, int]
-) -> dict[str, Any]:
-    sides = {"before": before, "after": after}
-    full = {side: samples.sample(indexed.file.name, row) for side, (indexed, row) in sides.items()}
-    return {
-        "place": name,
-        "prompt": _cut(full["before"].prompt),
-        **{
-            side: {"response": _cut(sample.response), "score": sample.score, "scores": sample.scores}
-            for side, sample in full.items()
-        },
-    }
+        if entry.score is not None and earlier.get(entry.prompt):
+            before, score = earlier[entry.prompt].pop(0)
+            pairs.append(Pair(before, row, entry.score - score))
+    return pairs
 
 
 def _cut(text: str) -> str:

@@ -1,23 +1,25 @@
 """What can be asked of every token of a sample, as pure functions of the numbers that a run saves.
 
 All of them follow the one alignment of `tandem.types`: `values[t]` is the value of the state before token t is
-emitted, `rewards[t]` is paid for emitting it. A number that a run did not save, or that is not finite, is None, and so
+emitted, `rewards[t]` is paid for emitting it. A number that a run did not save, or that is not finite, is NaN, and so
 is everything that would need it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Numbers = list[float | None]
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class TokenNumbers:
-    """A sample's saved numbers, one a token each, and what else the quantities need.
+    """A sample's saved numbers, [T] each, and what else the quantities need.
 
     `bootstrapped` says that the response was cut and that the value of its last state, `final_value`, stands for what
     would have followed; otherwise nothing follows the last token.
@@ -27,10 +29,11 @@ class TokenNumbers:
     arrays: Mapping[str, Numbers]
     gamma: float
     bootstrapped: bool
-    final_value: float | None
+    final_value: float
 
     def __getitem__(self, name: str) -> Numbers:
-        return self.arrays.get(name) or [None] * self.length
+        found = self.arrays.get(name)
+        return np.full(self.length, np.nan) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -51,64 +54,55 @@ class Quantity:
     least: float
     compute: Callable[[TokenNumbers], Numbers]
 
-    def distance(self, value: float, middle: float) -> float:
-        """How far a value is from the neutral point, signed."""
-        if self.scale == "log":
-            return math.log(value) if value > 0 else -math.inf
-        return value - middle
+    def of(self, sample: TokenNumbers) -> Numbers:
+        """[T], NaN where it cannot be told."""
+        with np.errstate(all="ignore"):
+            found = self.compute(sample)
+        return np.where(np.isfinite(found), found, np.nan)
 
-
-def each(function: Callable[..., float], *arrays: Numbers) -> Numbers:
-    """The function of each position's numbers; None where one is missing or the result is not finite."""
-    return [_finite(function, numbers) for numbers in zip(*arrays, strict=True)]
-
-
-def _finite(function: Callable[..., float], numbers: tuple[float | None, ...]) -> float | None:
-    if None in numbers:
-        return None
-    try:
-        found = function(*numbers)
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
+    def distances(self, values: Numbers, middle: float) -> Numbers:
+        """How far values are from the neutral point, signed."""
+        return np.log(np.maximum(values, 1e-300)) if self.scale == "log" else values - middle
 
 
 def td_errors(sample: TokenNumbers) -> Numbers:
     """delta_t = r_t + gamma V(s_{t+1}) - V(s_t), with no value after an end."""
     values = sample["values"]
     after_last = sample.final_value if sample.bootstrapped else 0.0
-    following = [*values[1:], after_last][: sample.length]
-    return each(lambda r, after, before: r + sample.gamma * after - before, sample["rewards"], following, values)
+    following = np.append(values[1:], after_last)[: sample.length]
+    return sample["rewards"] + sample.gamma * following - values
 
 
 def outcomes(sample: TokenNumbers) -> Numbers:
     """What was earned from each token on, sum_l gamma^l r_{t+l}; unknown where a response was cut and bootstrapped."""
-    earned: Numbers = []
-    following: float | None = None if sample.bootstrapped else 0.0
-    for reward in reversed(sample["rewards"]):
-        following = None if following is None or reward is None else reward + sample.gamma * following
-        earned.append(following)
-    return earned[::-1]
+    if sample.bootstrapped:
+        return np.full(sample.length, np.nan)
+    if sample.gamma == 1.0:
+        return np.cumsum(sample["rewards"][::-1])[::-1]
+    earned, following = np.empty(sample.length), 0.0
+    for t in range(sample.length - 1, -1, -1):
+        earned[t] = following = sample["rewards"][t] + sample.gamma * following
+    return earned
 
 
 def value_errors(sample: TokenNumbers) -> Numbers:
     """V(s_t) less what was earned from there on."""
-    return each(lambda value, earned: value - earned, sample["values"], outcomes(sample))
+    return sample["values"] - outcomes(sample)
 
 
 def log_ratios_to_reference(sample: TokenNumbers) -> Numbers:
     """log pi(y_t|s_t) - log pi_ref(y_t|s_t)."""
-    return each(lambda policy, reference: policy - reference, sample["logprobs"], sample["reference_logprobs"])
+    return sample["logprobs"] - sample["reference_logprobs"]
 
 
 def ratios_to_sampler(sample: TokenNumbers) -> Numbers:
     """pi(y_t|s_t) / mu(y_t|s_t), mu being what sampled."""
-    return each(lambda policy, sampler: math.exp(policy - sampler), sample["logprobs"], sample["behaviour_logprobs"])
+    return np.exp(sample["logprobs"] - sample["behaviour_logprobs"])
 
 
 def surprises(sample: TokenNumbers) -> Numbers:
     """-log pi(y_t|s_t)."""
-    return each(lambda logprob: -logprob, sample["logprobs"])
+    return -sample["logprobs"]
 
 
 QUANTITIES: tuple[Quantity, ...] = (

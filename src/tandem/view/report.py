@@ -114,9 +114,9 @@ def tiles(run: RunRecord) -> Iterator[dict[str, Any] | None]:
         yield tile(run, "Reward", "objective/score")
         for name in measured_only(run):
             yield tile(run, f"{name}, never trained on", f"objective/score/{name}")
-        yield tile(run, "KL to the reference", "objective/kl")
+        yield tile(run, "KL", "objective/kl")
         yield tile(run, "Explained variance", "value/explained_variance")
-        yield tile(run, "Response length", "rollout/length")
+        yield tile(run, "Length", "rollout/length")
         return
     yield tile(run, "Loss", "heldout/loss") or tile(run, "Training loss", "train/loss")
     for title, name in (("Accuracy", "accuracy"), ("Margin", "margin"), ("Calibration error", "calibration_error")):

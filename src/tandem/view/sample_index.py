@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.view.quantities import QUANTITIES, Quantity
+import numpy as np
+
+from tandem.view.quantities import QUANTITIES, Numbers, Quantity
 from tandem.view.reading import FAULTS, ROLLOUTS, RunRecord, objects_of, parse_object
 from tandem.view.samples import Sample, parse_sample, short
 
@@ -25,7 +27,7 @@ class Entry:
     """A sample in the index: where it stands in its file, and what it is searched and sorted by.
 
     `extremes` holds, for each quantity, the token's value that is furthest from the neutral point; `spread` some of
-    its values, to scale colours by.
+    its values, to scale colours by. What cannot be told is NaN.
     """
 
     offset: int
@@ -35,8 +37,8 @@ class Entry:
     score: float | None
     ended: bool | None
     tokens: int
-    kl: float | None
-    extremes: tuple[float | None, ...]
+    kl: float
+    extremes: tuple[float, ...]
     spread: tuple[tuple[float, ...], ...]
 
 
@@ -162,12 +164,12 @@ def index_content(files: Sequence[IndexedFile]) -> dict[str, Any]:
         "prompt": [prompts.setdefault(entry.prompt, len(prompts)) for _, entry in entries],
         "prompts": list(prompts),
         "response": [entry.response for _, entry in entries],
-        "score": short([entry.score for _, entry in entries]),
+        "score": [entry.score for _, entry in entries],
         "ended": [entry.ended for _, entry in entries],
         "tokens": [entry.tokens for _, entry in entries],
-        "kl": short([entry.kl for _, entry in entries]),
+        "kl": short(np.array([entry.kl for _, entry in entries])),
         "extremes": {
-            quantity.name: short([entry.extremes[place] for _, entry in entries])
+            quantity.name: short(np.array([entry.extremes[place] for _, entry in entries]))
             for place, quantity in enumerate(QUANTITIES)
         },
         "quantities": [
@@ -179,9 +181,9 @@ def index_content(files: Sequence[IndexedFile]) -> dict[str, Any]:
 
 def _quantity_content(quantity: Quantity, spread: Sequence[float]) -> dict[str, Any]:
     """A quantity with the neutral point of its colours and the distance at which they are full."""
-    middle = {"zero": 0.0, "one": 1.0, "mean": sum(spread) / max(1, len(spread))}[quantity.middle]
-    distances = sorted(abs(quantity.distance(value, middle)) for value in spread)
-    limit = distances[int(_FULL_COLOUR * (len(distances) - 1))] if distances else 0.0
+    values = np.array(spread)
+    middle = {"zero": 0.0, "one": 1.0, "mean": float(values.mean()) if spread else 0.0}[quantity.middle]
+    limit = float(np.quantile(abs(quantity.distances(values, middle)), _FULL_COLOUR)) if spread else 0.0
     return {
         "name": quantity.name,
         "title": quantity.title,
@@ -195,9 +197,8 @@ def _quantity_content(quantity: Quantity, spread: Sequence[float]) -> dict[str, 
 
 
 def _entry(sample: Sample, offset: int, size: int) -> Entry:
-    numbers = [sample.quantity(quantity) for quantity in QUANTITIES]
-    present = [[value for value in values if value is not None] for values in numbers]
-    log_ratios = present[[quantity.name for quantity in QUANTITIES].index("kl")]
+    numbers = [quantity.of(sample.numbers) for quantity in QUANTITIES]
+    present = {q.name: values[~np.isnan(values)] for q, values in zip(QUANTITIES, numbers, strict=True)}
     return Entry(
         offset=offset,
         size=size,
@@ -206,18 +207,22 @@ def _entry(sample: Sample, offset: int, size: int) -> Entry:
         score=sample.score,
         ended=sample.ended,
         tokens=len(sample.tokens),
-        kl=sum(log_ratios) if log_ratios else None,
-        extremes=tuple(_furthest(q, values) for q, values in zip(QUANTITIES, present, strict=True)),
-        spread=tuple(tuple(values[:: -(-len(values) // _TOKENS_FOR_SCALE) or 1]) for values in present),
+        kl=float(present["kl"].sum()) if present["kl"].size else np.nan,
+        extremes=tuple(_furthest(quantity, present[quantity.name]) for quantity in QUANTITIES),
+        spread=tuple(
+            tuple(values[:: -(-len(values) // _TOKENS_FOR_SCALE) or 1].tolist()) for values in present.values()
+        ),
     )
 
 
-def _furthest(quantity: Quantity, values: Sequence[float]) -> float | None:
+def _furthest(quantity: Quantity, values: Numbers) -> float:
     """The value furthest from the neutral point; the largest, where that point is the run's mean."""
+    if not values.size:
+        return np.nan
     if quantity.middle == "mean":
-        return max(values, default=None)
+        return float(values.max())
     middle = 1.0 if quantity.middle == "one" else 0.0
-    return max(values, key=lambda value: abs(quantity.distance(value, middle)), default=None)
+    return float(values[abs(quantity.distances(values, middle)).argmax()])
 
 
 def _stamp(path: Path) -> tuple[int, int]:

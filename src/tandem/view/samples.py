@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tandem.view.pieces import pieces_of
-from tandem.view.quantities import QUANTITIES, Numbers, Quantity, TokenNumbers, outcomes
+from tandem.view.quantities import QUANTITIES, Numbers, TokenNumbers, outcomes
 from tandem.view.reading import RunRecord, number_or_none
 
 _ARRAYS = (
@@ -33,10 +35,6 @@ class Sample:
     tokens: tuple[str, ...]
     numbers: TokenNumbers
 
-    def quantity(self, quantity: Quantity) -> Numbers:
-        """[T], None where it cannot be told."""
-        return quantity.compute(self.numbers)
-
 
 def parse_sample(row: Mapping[str, Any], run: RunRecord) -> Sample | None:
     """A saved line as a sample; None where it is none. Arrays are brought to the number of tokens."""
@@ -53,7 +51,7 @@ def parse_sample(row: Mapping[str, Any], run: RunRecord) -> Sample | None:
         arrays={name: _numbers(row[name], len(tokens)) for name in _ARRAYS if name in row},
         gamma=1.0 if gamma is None else gamma,
         bootstrapped=cut,
-        final_value=number_or_none(row.get("final_value")),
+        final_value=number_or_nan(row.get("final_value")),
     )
     return Sample(
         prompt=str(row.get("prompt", "")),
@@ -77,15 +75,20 @@ def sample_content(sample: Sample) -> dict[str, Any]:
         "scores": sample.scores,
         "pieces": [piece.text for piece in pieces],
         "kinds": {index: piece.kind for index, piece in enumerate(pieces) if piece.kind != "text"},
-        "quantities": {quantity.name: short(sample.quantity(quantity)) for quantity in QUANTITIES},
+        "quantities": {quantity.name: short(quantity.of(sample.numbers)) for quantity in QUANTITIES},
         "outcomes": short(outcomes(sample.numbers)),
         "targets": short(sample.numbers["returns"]),
     }
 
 
-def short(values: Sequence[float | None]) -> Numbers:
-    """To the six decimals that runs are saved with."""
-    return [None if value is None else round(value, 6) for value in values]
+def short(values: Numbers) -> list[float | None]:
+    """To the six decimals that runs are saved with, None for NaN."""
+    return [None if value != value else round(value, 6) for value in values.tolist()]
+
+
+def number_or_nan(value: Any) -> float:
+    found = number_or_none(value)
+    return np.nan if found is None else found
 
 
 def _list(value: Any) -> list[Any]:
@@ -93,6 +96,11 @@ def _list(value: Any) -> list[Any]:
 
 
 def _numbers(value: Any, length: int) -> Numbers:
-    """So many numbers, None for those that are missing."""
-    found = [number_or_none(item) for item in _list(value)[:length]]
-    return found + [None] * (length - len(found))
+    """So many numbers, NaN for those that are missing or none."""
+    found = np.full(length, np.nan)
+    given = _list(value)[:length]
+    try:
+        found[: len(given)] = given
+    except (ValueError, TypeError, OverflowError):
+        found[: len(given)] = [number_or_nan(item) for item in given]
+    return np.where(np.isfinite(found), found, np.nan)

@@ -122,7 +122,7 @@ function pairs() {
         element(
           "div",
           { class: "surface pair" },
-          element("h3", {}, row.place, element("span", { class: "soft number" }, `  ${signed(row.after.score - row.before.score)}`)),
+          element("h3", {}, row.place, element("span", { class: "soft number" }, `  ${signed(row.gain)}`)),
           element("p", { class: "said soft" }, ...proseText(row.prompt)),
           element("div", { class: "two" }, side(before, row.before), side(after, row.after)),
         ),

@@ -30,6 +30,10 @@ function tokenCard(sample, token, quantities, chosen) {
   return [
     element("p", { class: "what" }, `${token + 1}: `, ...shownText(sample.pieces[token].slice(0, 80))),
     kind ? element("p", { class: "soft" }, kind) : null,
-    element("table", {}, ...rows.map(([name, value, bold]) => element("tr", { class: bold ? "chosen" : null }, element("td", {}, name), element("td", {}, value)))),
+    element("div", { class: "numbers" }, numbers(rows.slice(0, 5)), numbers(rows.slice(5))),
   ].filter(Boolean);
+}
+
+function numbers(rows) {
+  return element("table", {}, ...rows.map(([name, value, bold]) => element("tr", { class: bold ? "chosen" : null }, element("td", {}, name), element("td", {}, value))));
 }
