@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import re
 import shutil
@@ -255,6 +256,22 @@ def test_the_report_says_what_was_measured_and_never_trained_on(run):
     assert titles["gold, never trained on"]["where"] == "training"
 
 
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        ({"interrupted": False}, "Finished: 4 steps."),
+        ({"interrupted": True}, "Interrupted after 4 of 9 steps."),
+        ({"interrupted": False, "best_step": 2}, "the models are those of step 2"),
+        (None, "4 of 9 steps are written down"),
+    ],
+)
+def test_the_report_says_how_the_run_ended(run, summary, said):
+    planned = "steps = 9" if summary is None or summary["interrupted"] else "steps = 4"
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("steps = 4", planned))
+    (run / "summary.json").write_text("{half a" if summary is None else json.dumps(summary))
+    assert said in report_content(read_run(run))["state"]
+
+
 def test_findings_come_from_the_summary(run):
     finding = {"rule": "kl", "title": "KL explodes", "first_step": 2, "last_step": 4, "explanation": "why"}
     summary = json.loads((run / "summary.json").read_text()) | {"health": [finding]}
@@ -496,6 +513,9 @@ def test_the_package_s_files_name_no_other_machine():
     ("more", "said"),
     [
         (["nowhere"], "no folder"),
+        (["n" * 300], "cannot be read: File name too long"),
+        (["parent/ppo", "--export", "n" * 300], "cannot be written: File name too long"),
+        (["parent/ppo", "--export", f"{'n' * 300}.html"], "cannot be written: File name too long"),
         (["empty"], "holds no run"),
         (["parent"], "parent/ppo would do"),
         ([], "required: RUN"),
@@ -533,6 +553,13 @@ def test_report_and_export_at_once(run, tmp_path, capsys):
     assert (run / REPORT).stat().st_size > 10_000
     assert (tmp_path / "v.html").stat().st_size > 10_000
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_folder_whose_name_is_no_text_can_be_viewed(tmp_path, capsys):
+    run = make_run(tmp_path / os.fsdecode(b"caf\xe9\n"))
+    assert main(["view", str(run), "--report", "--export", str(tmp_path / "v.html")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert "</html>" in (run / REPORT).read_text()
 
 
 def test_ctrl_c_ends_the_server_quietly(run):

@@ -195,8 +195,8 @@ def test_every_quantity_can_be_chosen_by_its_key(page, exported):
     page.wait_for_selector(".token")
     for number, quantity in enumerate(QUANTITIES, start=1):
         page.keyboard.press(str(number))
-        assert page.get_attribute(f'[data-quantity="{quantity.name}"]', "aria-checked") == "true"
-        assert page.locator("#quantities [aria-checked=true]").count() == 1
+        assert page.get_attribute(f'[data-quantity="{quantity.name}"]', "aria-pressed") == "true"
+        assert page.locator("#quantities [aria-pressed=true]").count() == 1
         assert quantity.formula in page.locator("#scale").inner_text()
         assert f"by={quantity.name}" in page.url
 

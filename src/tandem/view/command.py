@@ -7,6 +7,7 @@ import sys
 import webbrowser
 from pathlib import Path
 
+from tandem.errors import one_line
 from tandem.view.export import export
 from tandem.view.reading import read_run
 from tandem.view.report import write_report
@@ -20,9 +21,9 @@ def run_view(path: Path, *, port: int, export_to: Path | None, report: bool, ope
     """
     run = read_run(path)
     if report:
-        print(f"report: {write_report(path)}")
+        print(one_line(f"report: {write_report(path)}"))
     if export_to is not None:
-        print(f"viewer: {export(run, export_to)}")
+        print(one_line(f"viewer: {export(run, export_to)}"))
     if report or export_to is not None:
         return
     with ViewServer(run, port) as server:

@@ -24,7 +24,10 @@ def export(run: RunRecord, path: Path) -> Path:
     Raises InputError where it cannot be written, where one page would be too large, or where the folder holds
     something that is no earlier export.
     """
-    return _export_page(run, path) if path.suffix.lower() in (".html", ".htm") else _export_folder(run, path)
+    try:
+        return _export_page(run, path) if path.suffix.lower() in (".html", ".htm") else _export_folder(run, path)
+    except OSError as error:
+        raise InputError(f"--export {path} cannot be written: {error.strerror}.") from error
 
 
 def _export_page(run: RunRecord, path: Path) -> Path:
@@ -52,12 +55,9 @@ def _export_folder(run: RunRecord, path: Path) -> Path:
         raise InputError(f"--export {path} holds something that is no earlier export; choose another folder.")
     samples = SampleIndex(run)
     data = {"index": viewer_content(run, samples)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.js"):
-            old.unlink()
-    except OSError as error:
-        raise InputError(f"--export {path} cannot be written: {error.strerror}.") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.js"):
+        old.unlink()
     for indexed in samples.files:
         content = json.dumps(embedded(list(_contents(samples, indexed))))
         text = f"receive({embedded(indexed.file.name)}, JSON.parse({content}));\n"

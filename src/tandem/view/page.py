@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def write_page(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True) if aside.parent.is_dir() else None
+        with suppress(OSError):
+            aside.unlink()
         raise InputError(f"{path} cannot be written: {error.strerror}; choose another place, or make room.") from error
 
 

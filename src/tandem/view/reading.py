@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.errors import InputError
+from tandem.errors import InputError, one_line
 from tandem.recipe import RECORD
 
 ROLLOUTS, FAULTS = "rollouts", "faults"
@@ -38,7 +38,7 @@ class RunRecord:
     @property
     def name(self) -> str:
         """The last parts of the folder's name: `demo/ppo`."""
-        return "/".join(part for part in self.path.resolve().parts[-2:] if part != "/")
+        return one_line("/".join(part for part in self.path.resolve().parts[-2:] if part != "/"))
 
     @property
     def steps_done(self) -> int:
@@ -57,10 +57,13 @@ class RunRecord:
 
 def read_run(path: Path) -> RunRecord:
     """Read what there is. Raises InputError where the folder is none, or no run has written in it."""
-    if not path.is_dir():
-        raise InputError(f"{path} is no folder; give the folder of a run, such as runs/ppo.")
-    if not any((path / name).exists() for name in (METRICS, CONFIG, ROLLOUTS)):
-        raise InputError(f"{path} holds no run{_runs_below(path)}; give the folder that holds {METRICS}.")
+    try:
+        if not path.is_dir():
+            raise InputError(f"{path} is no folder; give the folder of a run, such as runs/ppo.")
+        if not any((path / name).exists() for name in (METRICS, CONFIG, ROLLOUTS)):
+            raise InputError(f"{path} holds no run{_runs_below(path)}; give the folder that holds {METRICS}.")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give the folder of a run.") from None
     config, summary = _read_toml(path / CONFIG), read_json(path / SUMMARY)
     stage = summary.get("stage") or read_json(path / RECORD).get("stage") or _stage_of(config)
     return RunRecord(path, str(stage), config, _read_metrics(path / METRICS), summary)

@@ -52,9 +52,9 @@ function minus(text) {
 }
 
 function duration(seconds) {
-  if (seconds < 90) return `${shortNumber(Math.round(seconds * 10) / 10)} s`;
+  if (seconds < 90) return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
   const minutes = seconds / 60;
-  return minutes < 90 ? `${Math.round(minutes)} min` : `${shortNumber(Math.round(minutes / 6) / 10)} h`;
+  return minutes < 90 ? `${Math.round(minutes)} min` : `${(minutes / 60).toFixed(1)} h`;
 }
 
 // One card for the whole page, beside the node that it speaks of and never over it.

@@ -16,7 +16,9 @@ function heading() {
     element("p", {}, report.state),
     document.body.dataset.source === "server"
       ? element("p", {}, element("a", { href: "./" }, "Look at every token"))
-      : element("p", { class: "soft" }, "To look at every token: ", element("code", {}, `tandem view ${report.path}`)),
+      : report.stage === "ppo"
+        ? element("p", { class: "soft" }, "To look at every token: ", element("code", {}, `tandem view ${report.path}`))
+        : null,
   );
 }
 
@@ -169,7 +171,7 @@ function calibration(moments) {
   const all = moments.flatMap((moment) => moment.deciles.flat());
   const range = extent(all);
   const series = moments.map((moment) => ({ label: moment.label, x: moment.deciles.map((pair) => pair[0]), y: moment.deciles.map((pair) => pair[1]) }));
-  series.push({ label: "right", x: [range.low, range.high], y: [range.low, range.high] });
+  series.push({ label: "diagonal", x: [range.low, range.high], y: [range.low, range.high] });
   return lineChart(series.map((one) => ({ ...one, x: one.x.map((x) => Number(x.toPrecision(4))) })), { height: 220, xName: "value" });
 }
 

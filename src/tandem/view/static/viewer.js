@@ -58,7 +58,7 @@ class Viewer {
     for (const [place, quantity] of this.index.quantities.entries()) {
       const button = element(
         "button",
-        { type: "button", role: "radio", "data-quantity": quantity.name, onclick: () => this.colourBy(quantity) },
+        { type: "button", "data-quantity": quantity.name, onclick: () => this.colourBy(quantity) },
         element("kbd", {}, String(place + 1)),
         quantity.title,
       );
@@ -172,7 +172,7 @@ class Viewer {
 
   drawScale() {
     const { quantity } = this;
-    for (const button of byId("quantities").children) button.setAttribute("aria-checked", button.dataset.quantity === quantity.name);
+    for (const button of byId("quantities").children) button.setAttribute("aria-pressed", button.dataset.quantity === quantity.name);
     const colour = palette();
     const strip = element("div", { class: "strip", "aria-hidden": "true" });
     for (let n = -16; n <= 16; n += 1) {
