@@ -262,11 +262,12 @@ def test_the_report_says_what_was_measured_and_never_trained_on(run):
         ({"interrupted": False}, "Finished: 4 steps."),
         ({"interrupted": True}, "Interrupted after 4 of 9 steps."),
         ({"interrupted": False, "best_step": 2}, "the models are those of step 2"),
+        ({"interrupted": False, "ended": "unwell"}, "Ended after 4 of 9 steps."),
         (None, "4 of 9 steps are written down"),
     ],
 )
 def test_the_report_says_how_the_run_ended(run, summary, said):
-    planned = "steps = 9" if summary is None or summary["interrupted"] else "steps = 4"
+    planned = "steps = 4" if summary == {"interrupted": False} else "steps = 9"
     (run / "config.toml").write_text((run / "config.toml").read_text().replace("steps = 4", planned))
     (run / "summary.json").write_text("{half a" if summary is None else json.dumps(summary))
     assert said in report_content(read_run(run))["state"]

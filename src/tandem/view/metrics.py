@@ -18,8 +18,9 @@ class Description:
 
 _D = Description
 _QUARTER = re.compile(r"value/explained_variance_by_position/(\d+)")
+_CREDIT = re.compile(r"advantage/credit_by_position/(\d+)")
 _DECILE = re.compile(r"calibration/(predicted|earned)_(\d+)")
-_TERM, _PHASE, _HELDOUT = "objective/score/", "time/", "heldout/"
+_TERM, _PHASE, _HELDOUT, _RULE = "objective/score/", "time/", "heldout/", "health/"
 
 JOINT: Mapping[str, Description] = {
     "objective/score": _D(
@@ -30,6 +31,11 @@ JOINT: Mapping[str, Description] = {
     "objective/score_std": _D(
         "Spread of the scores over the step's responses.",
         "Stays well above 0: where all responses earn the same there is nothing to learn from.",
+        "reward",
+    ),
+    "objective/score_std_within_prompts": _D(
+        "Spread of the scores around their prompt's mean, where prompts have several responses.",
+        "Stays well above 0: it is what tells one response to a prompt from another.",
         "reward",
     ),
     "objective/shaped_score": _D("The score after the score section: what trains.", "Rises with the score.", "reward"),
@@ -43,6 +49,7 @@ JOINT: Mapping[str, Description] = {
         "Starts at 0 and grows slowly. Negative values beyond noise mean that log-probabilities do not match.",
         "nats a sequence",
     ),
+    "objective/kl_standard_error": _D("Standard error of that mean.", "Small beside the KL.", "nats a sequence"),
     "objective/kl_coefficient": _D(
         "Reward paid per nat of KL (beta).", "Constant, or moving slowly where kl.target adapts it.", ""
     ),
@@ -91,6 +98,9 @@ JOINT: Mapping[str, Description] = {
         "Above 0 or near it; clearly below, the two pull apart.",
         "",
     ),
+    "policy/value_gradient_ratio": _D(
+        "How many times the policy's gradient on shared parameters the value's is.", "Near 1 or below.", ""
+    ),
     "value/loss": _D(
         "Half the squared error a token (cross-entropy for a categorical head).", "Falls, then levels off.", ""
     ),
@@ -101,6 +111,9 @@ JOINT: Mapping[str, Description] = {
         "",
     ),
     "value/mean": _D("Mean value over tokens.", "Follows the score.", "reward"),
+    "value/std": _D("Spread of the values over tokens.", "Not above that of the outcomes.", "reward"),
+    "value/return_mean": _D("Mean outcome over tokens.", "Near the mean value.", "reward"),
+    "value/return_std": _D("Spread of the outcomes over tokens.", "Above 0.", "reward"),
     "value/calibration_error": _D(
         "Mean gap between value and outcome over deciles of the value.",
         "Small beside the spread of the scores.",
@@ -122,6 +135,16 @@ JOINT: Mapping[str, Description] = {
         "tokens",
     ),
     "rollout/eos_rate": _D("Share of responses that ended by themselves.", "Does not fall to 0.", "share"),
+    "rollout/repetition": _D(
+        "Share of four-token runs that stood earlier in the same response.",
+        "Low and steady; rising, the policy has found that repeating itself pays.",
+        "share",
+    ),
+    "rollout/reference_logprob": _D(
+        "Mean log-probability of the sampled tokens under the reference: how fluent it finds them.",
+        "Falls slowly at most.",
+        "nats a token",
+    ),
     "rollout/logprob_mismatch": _D(
         "Mean gap between the generator's log-probabilities and the training forward's.",
         "Below 0.01; 0.00001 in float32.",
@@ -134,6 +157,8 @@ JOINT: Mapping[str, Description] = {
     "reward/skipped": _D("Samples left out of the step for having no score.", "0.", "samples"),
     "fault/skipped": _D("1 where the step was skipped for a number that is not finite.", "0.", ""),
     "fault/skipped_total": _D("Steps skipped so far for numbers that are not finite.", "0, or no longer rising.", ""),
+    "memory/process_gib": _D("Main memory in use after the step.", "Steady; rising without end is a leak.", "GiB"),
+    "memory/device_gib": _D("What tensors hold on the GPU after the step.", "Steady.", "GiB"),
     "throughput/tokens_per_second": _D("Response tokens a second of the whole step.", "Steady.", "tokens a second"),
 }
 
@@ -176,9 +201,16 @@ def describe(name: str) -> Description | None:
     if match := _QUARTER.fullmatch(name):
         quarter = f"Explained variance in quarter {match[1]} of the responses."
         return _D(quarter, "Higher in later quarters, where more of the response is known.", "")
+    if match := _CREDIT.fullmatch(name):
+        what = (
+            f"Correlation of advantages with what was earned beyond the value, in quarter {match[1]} of the responses."
+        )
+        return _D(what, "Clearly above 0.", "")
     if match := _DECILE.fullmatch(name):
         what = "value" if match[1] == "predicted" else "outcome"
         return _D(f"Mean {what} in decile {int(match[2])} of the value.", "", "reward")
+    if name.startswith(_RULE):
+        return _D(f"1 while the rule {name.removeprefix(_RULE)} finds something wrong.", "Not there.", "")
     if name.startswith(_PHASE):
         return _D(f"Time of the {name.removeprefix(_PHASE)}.", "", "seconds")
     if name.startswith("train/"):

@@ -171,7 +171,8 @@ QUANTITIES: tuple[Quantity, ...] = (
         "ratio",
         "pi(y(t)|s(t)) / mu(y(t)|s(t)), mu being what sampled",
         "The policy before the step's update against the generator that sampled the token. Away from 1 the two do not "
-        "compute the same thing (another engine, lower precision, stale weights).",
+        "compute the same thing (another engine, lower precision, stale weights). It is exactly 1 where they were not "
+        "compared.",
         "",
         "one",
         "log",

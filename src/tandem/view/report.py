@@ -84,7 +84,7 @@ def state_of(run: RunRecord) -> str:
         return f"Interrupted after {done}{of} steps."
     if (best := run.summary.get("best_step")) is not None:
         return f"Ended early after {done} steps; the models are those of step {best}, the best ones."
-    return f"Finished: {done} steps."
+    return f"Ended after {done}{of} steps." if of else f"Finished: {done} steps."
 
 
 @dataclass(frozen=True)
