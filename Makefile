@@ -6,9 +6,11 @@ STORIES ?= ../shared/data/tinystories/train.jsonl
 DEMO_MODEL ?= $(HOME)/.cache/tandem/SmolLM2-135M-Instruct
 # How many inputs the fuzz run damages.
 CASES ?= 2000
+# More for the benchmark, such as --vllm-python PATH or --only "decoding float32".
+BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz screenshots test lint format examples clean
+.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz bench screenshots test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -40,6 +42,14 @@ fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results
 
 screenshots: .venv/ready ## the pictures of docs/viewing.md, after make demo
 	$(BIN)/python benchmarks/screenshots.py runs/demo/ppo
+
+.venv-trl/ready: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet trl==1.12.0 torch==2.13.0
+	touch $@
+
+bench: .venv/ready .venv-trl/ready ## speed against TRL 1.12 and transformers: docs/performance.md (40 minutes, an idle machine)
+	$(BIN)/tandem bench --growth --out docs --trl-python .venv-trl/bin/python $(BENCH)
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest

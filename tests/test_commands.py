@@ -250,7 +250,7 @@ def test_a_value_head_on_the_policy(tiny, tmp_path, more):
     )
     warmup, joint, _ = read_metrics(tmp_path / "ppo")
     assert (warmup["value/warming_up"], joint["value/warming_up"]) == (1.0, 0.0)
-    assert warmup["objective/kl"] == joint["objective/kl"] == 0.0
+    assert max(abs(warmup["objective/kl"]), abs(joint["objective/kl"])) < 1e-5
     assert "policy/loss" not in warmup
     assert ("policy/value_gradient_cosine" in joint) == ("--sharing.head_gradient=stop" not in more)
     assert (tmp_path / "ppo" / "model" / "adapter").exists() == ("--adapters.rank=4" in more)
@@ -321,10 +321,10 @@ def test_demo_on_a_tiny_model(tiny, tmp_path, capsys):
     words = ["sft", f"--model={tiny()}", f"--data.train={write(tmp_path / 's.jsonl', rows)}", "--optimizer.lr=0.01"]
     assert main([*words, "--epochs=80", "--sequences_per_minibatch=9", f"--run.directory={tmp_path / 'sft'}"]) == 0
     model = str(tmp_path / "sft" / "model")
-    words = ["demo", "--quick", "--model", model, "--run-dir", str(tmp_path / "demo"), "--seed", "3"]
+    words = ["demo", "--quick", "--model", model, "--run-dir", str(tmp_path / "demo"), "--seed", "4"]
     assert main(words) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert summary["seed"] == 3
+    assert summary["seed"] == 4
     assert {"seconds", "peak_memory_gib", "explained_variance"} <= summary.keys()
     assert set(summary["gold"]) == {"before", "after"}
     assert len(summary["samples"]) == 4

@@ -301,37 +301,46 @@ def test_values_in_other_units_are_the_same_values_and_gradients_scale(trunk):
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
 
-def test_recomputed_chunks_have_the_gradient_of_the_whole():
+PROJECTIONS = pytest.mark.parametrize(("head_trains", "rows"), [(True, 3), (True, 7), (False, 3), (False, 7)])
+
+
+def chunks_to_project(head_trains):
+    """States [7, 5], a head [11, 5], targets [7] and what flows back to log-probabilities and entropies [2, 7]."""
     torch.manual_seed(0)
     states = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
-    targets, upstream = torch.randint(0, 11, (7,)), torch.randn(7, dtype=torch.float64)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=head_trains)
+    return states, weight, torch.randint(0, 11, (7,)), torch.randn(2, 7, dtype=torch.float64)
+
+
+@PROJECTIONS
+def test_chunks_have_the_gradient_of_the_whole(head_trains, rows):
+    states, weight, targets, (upstream, _) = chunks_to_project(head_trains)
+    trained = [tensor for tensor in (states, weight) if tensor.requires_grad]
     exact = torch.log_softmax(states @ weight.T, -1).gather(1, targets[:, None]).squeeze(1)
-    expected = torch.autograd.grad((exact * upstream).sum(), (states, weight))
-    found = algo.projected_logprobs(states, targets, lambda part, _: part @ weight.T, 3)
+    expected = torch.autograd.grad((exact * upstream).sum(), trained)
+    found = algo.projected_logprobs(states, targets, lambda part, _: part @ weight.T, rows, head_trains=head_trains)
     assert torch.allclose(found.double(), exact, atol=1e-6)
     (found * upstream.float()).sum().backward()
-    assert torch.allclose(states.grad, expected[0], atol=1e-5)
-    assert torch.allclose(weight.grad, expected[1], atol=1e-5)
+    for tensor, gradient in zip(trained, expected, strict=True):
+        assert torch.allclose(tensor.grad, gradient, atol=1e-5)
 
 
-def test_entropies_have_the_gradient_of_the_whole():
-    torch.manual_seed(0)
-    states = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
-    targets, upstream = torch.randint(0, 11, (7,)), torch.randn(2, 7, dtype=torch.float64)
+@PROJECTIONS
+def test_entropies_have_the_gradient_of_the_whole(head_trains, rows):
+    states, weight, targets, upstream = chunks_to_project(head_trains)
+    trained = [tensor for tensor in (states, weight) if tensor.requires_grad]
 
     def logits_of(part, _):
         logits = part @ weight.T
         return logits.masked_fill(logits < logits.topk(6, dim=-1).values[:, -1:], -torch.inf)
 
-    logprobs = torch.log_softmax(logits_of(states, targets).scatter_add(1, targets[:, None], 0 * states[:, :1]), -1)
+    logprobs = torch.log_softmax(logits_of(states, targets), -1)
     targets = logprobs.argmax(-1)
     exact = logprobs.gather(1, targets[:, None]).squeeze(1)
     entropies = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0.0)).sum(-1)
-    expected = torch.autograd.grad((exact * upstream[0] + entropies * upstream[1]).sum(), (states, weight))
-    found = algo.projected_logprobs_and_entropies(states, targets, logits_of, 3)
+    expected = torch.autograd.grad((exact * upstream[0] + entropies * upstream[1]).sum(), trained)
+    found = algo.projected_logprobs_and_entropies(states, targets, logits_of, rows, head_trains=head_trains)
     assert torch.allclose(found[1].double(), entropies, atol=1e-6)
     (found[0] * upstream[0].float() + found[1] * upstream[1].float()).sum().backward()
-    assert torch.allclose(states.grad, expected[0], atol=1e-5)
-    assert torch.allclose(weight.grad, expected[1], atol=1e-5)
+    for tensor, gradient in zip(trained, expected, strict=True):
+        assert torch.allclose(tensor.grad, gradient, atol=1e-5)

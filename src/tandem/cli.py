@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic_core import PydanticUndefined
 
 from tandem import __version__
+from tandem.allocator import keep_memory
 from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, Interrupted, RunError
 from tandem.recipe import fields_of, is_finished, load_config, resumed_run
@@ -26,6 +27,7 @@ _STAGES: dict[str, Any] = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoC
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    keep_memory()
     try:
         if words and words[0] in _STAGES and not {"-h", "--help"} & set(words):
             return _run_stage(words[0], words[1:])
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_stage(commands, name, kind)
     _add_generate(commands)
     _add_view(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -297,6 +300,37 @@ def _run_demo(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
     summary = _with_progress(lambda progress: run_demo(known.model, known.run_dir, known.seed, known.quick, progress))
     return INTERRUPTED if summary["interrupted"] else DONE
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="How fast a joint step and decoding are here",
+        description="Times joint steps and decoding, each side in processes of its own that take turns, against "
+        "transformers' generate and, where their interpreters are given, TRL 1.12 and vLLM.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--model", help="directory or hub id of a model to time (default: the page's rows)")
+    command.add_argument("--only", metavar="WORDS", help="rows whose kind, name and precision hold all of these words")
+    command.add_argument("--rounds", type=_at_least_one, default=3, help="processes of each side")
+    command.add_argument("--steps", type=_at_least_one, default=2, help="steps or batches in each, after the first")
+    command.add_argument("--growth", action="store_true", help="also how cost grows with length, batch, ...")
+    command.add_argument("--out", type=Path, help="a folder for performance.md, performance.json and the plot")
+    command.add_argument("--trl-python", metavar="PYTHON", help="the python of an environment with trl 1.12")
+    command.add_argument("--vllm-python", metavar="PYTHON", help="the python of an environment with vllm")
+    command.add_argument("--device", default="auto")
+    command.add_argument("--threads", type=_at_least_one, help="of the processor (default: all)")
+    command.set_defaults(run=_run_bench)
+
+
+def _run_bench(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    quiet_libraries()
+    from tandem.bench.command import BenchSettings, run_bench
+
+    settings = BenchSettings(**{name: value for name, value in vars(known).items() if name != "run"})
+    _with_progress(lambda progress: run_bench(settings, progress))
+    return DONE
 
 
 def _refuse_rest(rest: Sequence[str]) -> None:

@@ -273,6 +273,11 @@ class RolloutSection(Section):
         1.0, description="sample among the likeliest tokens that together reach this probability"
     )
     sequences_per_batch: Count = Field(64, description="rows that decode together")
+    recompute_logprobs: Literal["auto", "always"] = Field(
+        "auto",
+        description="auto: the log-probabilities of sampling are the policy's before the update, where an eighth of a "
+        "step's rows agrees to 1e-4 nats with a forward of its own; always: that forward is run over all of them",
+    )
 
 
 class ScoreSection(Section):

@@ -184,7 +184,8 @@ class Trajectories:
     """Rollouts scored and measured under the models of the moment; nothing here carries a gradient.
 
     tokens: see Tokens; [B, T] each, in nats: `behaviour_logprobs` of the sampler as it sampled, `logprobs` of
-    the policy before this step's updates (the denominator of the ratio), `reference_logprobs`;
+    the policy before this step's updates (the denominator of the ratio), `reference_logprobs`; `recomputed` [B] bool:
+    the policy was run for this row, where else the sampler's log-probabilities stand for its own;
     values [B, T]: of the state before each token; final_values [B]: of the state after the last token;
     ended [B] bool: the response ended by itself; scores [B] paid at the last token; process_rewards [B, T] paid at
     their own.
@@ -193,6 +194,7 @@ class Trajectories:
     tokens: Tokens
     behaviour_logprobs: Tensor
     logprobs: Tensor
+    recomputed: Tensor
     reference_logprobs: Tensor
     values: Tensor
     final_values: Tensor
@@ -235,18 +237,28 @@ class Batch:
         return replace(self, tokens=tokens, **others)
 
 
+SMALLEST_GROUP = 512
+
+
 def split_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
     """Rows in groups whose padded size, rows times longest, stays within the budget; a long row stands alone.
 
     lengths [B] -> row indices, each once, longest first: the first group needs the most memory, so a run that
-    does not fit fails at its start.
+    does not fit fails at its start. A group of SMALLEST_GROUP tokens or more ends early, before a row that would be
+    more than a tenth padding.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     ordered = lengths[order].tolist()
     groups: list[Tensor] = []
     start = 0
     while start < len(ordered):
-        rows = max(1, budget // max(1, ordered[start]))
-        groups.append(order[start : start + rows])
-        start += rows
+        longest, end = max(1, ordered[start]), start + 1
+        while (
+            end < len(ordered)
+            and (end + 1 - start) * longest <= budget
+            and (ordered[end] >= 0.9 * longest or (end - start) * longest < SMALLEST_GROUP)
+        ):
+            end += 1
+        groups.append(order[start:end])
+        start = end
     return groups

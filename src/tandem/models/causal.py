@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from tandem.algo import projected_logprobs, projected_logprobs_and_entropies, truncate
 from tandem.errors import InputError
+from tandem.models.cache import roomy_cache
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
 
@@ -73,13 +74,17 @@ class CausalPolicy:
         states = hidden[rows, tokens.response_positions[mask] - 1]
         targets = tokens.response_ids[mask]
         rows_per_chunk = max(1, _LOGITS_PER_CHUNK // self._head.weight.shape[0])
+        trains = self._head.weight.requires_grad
 
         def laid_out(found: Tensor) -> Tensor:
             return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, found)
 
         if not entropies:
-            return laid_out(projected_logprobs(states, targets, self._scoring_logits, rows_per_chunk)), None
-        both = projected_logprobs_and_entropies(states, targets, self._scoring_logits, rows_per_chunk)
+            found = projected_logprobs(states, targets, self._scoring_logits, rows_per_chunk, head_trains=trains)
+            return laid_out(found), None
+        both = projected_logprobs_and_entropies(
+            states, targets, self._scoring_logits, rows_per_chunk, head_trains=trains
+        )
         return laid_out(both[0]), laid_out(both[1])
 
     def _scoring_logits(self, states: Tensor, targets: Tensor) -> Tensor:
@@ -108,12 +113,13 @@ class CausalPolicy:
         listed = known if isinstance(known, list) else [known]
         return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 
-    def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self._model.config)
+    def new_cache(self, capacity: int) -> DynamicCache:
+        """An empty cache for rows of up to `capacity` tokens."""
+        return roomy_cache(self._model, capacity)
 
     @torch.no_grad()
-    def next_logits(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
-        """Logits [B, V] of the token after `ids` [B, S], left-padded as the mask [B, past + S] says.
+    def next_logits(self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, V] of the token after `ids` [B, S], left-padded as the mask [B, past + S] says, if there is one.
 
         They are divided by the temperature and truncated. `cache` grows by S.
         """

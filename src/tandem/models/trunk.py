@@ -47,6 +47,11 @@ class Trunk:
     def device(self) -> torch.device:
         return self.decoder.device
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, from the lowest up."""
+        return self._blocks
+
     def hidden(self, tokens: Tokens, adapter: str | None = None) -> Tensor:
         """[B, L, H] under the named adapter, or none.
 

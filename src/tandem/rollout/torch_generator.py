@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,11 @@ class NextToken(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def new_cache(self) -> Any:
-        """An empty KV cache with `batch_select_indices`."""
+    def new_cache(self, capacity: int) -> Any:
+        """An empty KV cache for rows of up to `capacity` tokens, with `batch_select_indices`."""
         ...
 
-    def next_logits(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+    def next_logits(self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Any) -> Tensor:
         """Logits [B, V] of the distribution to sample the token after `ids` [B, S] from; the cache grows."""
         ...
 
@@ -30,8 +31,9 @@ class NextToken(Protocol):
 class TorchGenerator:
     """Samples from the policy's weights as they are at the moment, so it needs no weight transfer.
 
-    Prompts of similar length decode together, padded on the left; a row that has ended leaves the batch.
-    `decode` turns a prompt's and a response's ids into the response's text; `stop_ids` end a response.
+    Prompts of similar length decode together, padded on the left; a prompt that is asked for several responses is
+    read once; a row that has ended leaves the batch. `decode` turns a prompt's and a response's ids into the
+    response's text; `stop_ids` end a response.
     """
 
     def __init__(
@@ -64,39 +66,87 @@ class TorchGenerator:
 
     def _generate_together(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         device, limit = self._policy.device, self._max_new_tokens
-        ids, mask = _pad_left([prompt.ids for prompt in prompts], device)
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        next_position = mask.long().sum(1)
-        cache = self._policy.new_cache()
         responses = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(prompts), limit, device=device)
         lengths = torch.full((len(prompts),), limit, device=device)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        active = torch.arange(len(prompts), device=device)
+        rows = torch.arange(len(prompts), device=device)
+        logits, decoding = self._read_prompts(prompts)
         for t in range(limit):
-            logits = self._policy.next_logits(ids, mask, positions, cache)
             tokens, token_logprobs = sample(logits, self._random)
-            responses[active, t], logprobs[active, t] = tokens, token_logprobs
+            responses[rows, t], logprobs[rows, t] = tokens, token_logprobs
             stopped = torch.isin(tokens, self._stop_ids)
             if bool(stopped.any()):
-                lengths[active[stopped]] = t + 1
-                ended[active[stopped]] = True
-                staying = (~stopped).nonzero().squeeze(1)
-                if len(staying) == 0:
-                    break
-                cache.batch_select_indices(staying)
-                active, tokens, mask = active[staying], tokens[staying], mask[staying]
-                next_position = next_position[staying]
-            ids, positions = tokens[:, None], next_position[:, None]
-            next_position = next_position + 1
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+                lengths[rows[stopped]] = t + 1
+                staying = _staying(stopped)
+                rows, tokens = rows[staying], tokens[staying]
+                decoding.select(staying)
+            if len(rows) == 0 or t + 1 == limit:
+                break
+            logits = decoding.next_logits(self._policy, tokens)
+        ended = torch.ones(len(prompts), dtype=torch.bool).index_fill(0, rows.cpu(), False)
         return [
             self._rollout(prompt, responses[row, :length].tolist(), logprobs[row, :length].tolist(), bool(ended[row]))
             for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True))
         ]
 
+    def _read_prompts(self, prompts: Sequence[Prompt]) -> tuple[Tensor, _Decoding]:
+        """Each different prompt once; the logits of every row's first token, and where decoding goes on from."""
+        different = list(dict.fromkeys(prompt.ids for prompt in prompts))
+        numbers = {ids: number for number, ids in enumerate(different)}
+        ids, mask = _pad_left(different, self._policy.device)
+        width = ids.shape[1]
+        cache = self._policy.new_cache(width + self._max_new_tokens)
+        decoding = _Decoding(cache, width, mask.sum(1), _mask_ahead(mask, self._max_new_tokens))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = self._policy.next_logits(ids, decoding.mask_so_far, positions, cache)
+        if len(different) < len(prompts):
+            of_row = torch.tensor([numbers[prompt.ids] for prompt in prompts], device=ids.device)
+            decoding.select(of_row)
+            logits = logits[of_row]
+        return logits, decoding
+
     def _rollout(self, prompt: Prompt, ids: list[int], logprobs: list[float], ended: bool) -> Rollout:
         return Rollout(prompt, tuple(ids), tuple(logprobs), self._decode(prompt.ids, ids), ended)
+
+
+@dataclass
+class _Decoding:
+    """The rows that decode together: the first `width` columns are their prompts, padded on the left.
+
+    `mask` [B, width + longest response] is None where no prompt needs padding.
+    """
+
+    cache: Any
+    width: int
+    positions: Tensor
+    mask: Tensor | None
+
+    @property
+    def mask_so_far(self) -> Tensor | None:
+        return None if self.mask is None else self.mask[:, : self.width]
+
+    def next_logits(self, policy: NextToken, tokens: Tensor) -> Tensor:
+        """Add a token [B] to every row; the logits [B, V] of the next."""
+        self.width += 1
+        logits = policy.next_logits(tokens[:, None], self.mask_so_far, self.positions[:, None], self.cache)
+        self.positions = self.positions + 1
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        """Let row n be what row `rows[n]` was."""
+        if len(rows):
+            self.cache.batch_select_indices(rows)
+        self.positions = self.positions[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+
+def _staying(stopped: Tensor) -> Tensor:
+    """The rows that go on, those from the end in the places of those that stopped: few have to move."""
+    staying = (~stopped).nonzero().squeeze(1)
+    count = len(staying)
+    places = torch.arange(count, device=stopped.device)
+    places[stopped[:count]] = staying[staying >= count]
+    return places
 
 
 def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -106,3 +156,10 @@ def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     lengths = torch.tensor([len(row) for row in rows], device=device)
     mask = torch.arange(width, device=device)[None, :] >= width - lengths[:, None]
     return ids, mask.long()
+
+
+def _mask_ahead(mask: Tensor, following: int) -> Tensor | None:
+    """The prompts' mask with so many columns of response to come, or None where nothing is padded."""
+    if bool(mask.all()):
+        return None
+    return torch.cat([mask, mask.new_ones(len(mask), following)], dim=1)

@@ -47,6 +47,7 @@ class JointStage:
     placement: Placement
     sampling: torch.Generator
     random: torch.Generator
+    recompute_logprobs: bool
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -72,7 +73,8 @@ class JointStage:
 
     def evaluate(self, rollouts: Sequence[Rollout], scores: Scores) -> Trajectories:
         models, budget = self.models, self.placement.tokens_per_microbatch
-        return evaluate(rollouts, scores, models.policy, models.reference, models.value, budget)
+        recompute = self.recompute_logprobs
+        return evaluate(rollouts, scores, models.policy, models.reference, models.value, budget, recompute=recompute)
 
     def update(self, batch: Batch, kl: KlSection, course: Course, value_epochs: int) -> dict[str, float]:
         budget = self.placement.tokens_per_microbatch
@@ -131,6 +133,7 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
         placement=placement,
         sampling=sampling,
         random=torch.Generator().manual_seed(config.run.seed),
+        recompute_logprobs=config.rollout.recompute_logprobs == "always",
     )
 
 

@@ -19,6 +19,7 @@ def measure(
     kl_a_sequence = log_ratios.masked_fill(~mask, 0.0).sum(1).mean().item()
     paid = rewards_at_tokens(trajectories, settings, kl=None).sum(1).mean().item()
     mismatch = (trajectories.behaviour_logprobs - trajectories.logprobs).abs()
+    compared = mask & trajectories.recomputed[:, None]
     return {
         "objective/kl": kl_a_sequence,
         "objective/kl_coefficient": kl.coefficient,
@@ -32,8 +33,8 @@ def measure(
         "advantage/std": (batch.advantages[mask]).std(unbiased=False).item(),
         "rollout/length": mask.sum(1).float().mean().item(),
         "rollout/eos_rate": trajectories.ended.float().mean().item(),
-        "rollout/logprob_mismatch": algo.masked_mean(mismatch, mask).item(),
-        "rollout/logprob_mismatch_max": mismatch[mask].max().item(),
+        "rollout/logprob_mismatch": algo.masked_mean(mismatch, compared).item(),
+        "rollout/logprob_mismatch_max": mismatch[compared].max().item(),
         "rollout/importance_weight": algo.masked_mean(batch.weights, mask).item(),
     }
 

@@ -1,0 +1,133 @@
+"""`tandem bench`: the rows of docs/performance.md, or a model of one's own, against what else is installed."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tandem.bench.growth import measure_growth, plot
+from tandem.bench.page import page
+from tandem.bench.rows import Bench, Row, rows_of_model, standard_rows
+from tandem.demo.base_model import smollm2
+from tandem.errors import InputError
+from tandem.models.loading import pick_device, pick_dtype
+from tandem.models.source import read_config
+from tandem.run import Progress
+from tandem.run.disk import write_json, write_whole, writing
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to time, `rounds` times each side; `only` keeps the rows whose kind and name hold all of its words.
+
+    `trl_python` and `vllm_python` are interpreters that have TRL 1.12 or vLLM; those without one are left out.
+    """
+
+    model: str | None
+    only: str | None
+    rounds: int
+    steps: int
+    growth: bool
+    out: Path | None
+    trl_python: str | None
+    vllm_python: str | None
+    device: str
+    threads: int | None
+
+
+def run_bench(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
+    """Time the rows one after the other; with `out`, write the page, the same as JSON, and the growth's plot.
+
+    Raises InputError where nothing is left to time, RunError where a side fails.
+    """
+    device = pick_device(settings.device)
+    threads = settings.threads or torch.get_num_threads()
+    rows = chosen_rows(settings, device, threads, progress)
+    pythons = interpreters(settings)
+    record: dict[str, Any] = {"machine": machine(device, threads), "rows": []}
+    with Bench(pythons, settings.rounds, settings.steps, progress.say) as bench:
+        for row in rows:
+            record["rows"].append(bench.run(row))
+            progress.say(line(record["rows"][-1]))
+    if settings.growth:
+        record["growth"] = measure_growth(threads, settings.steps, progress.say)
+    if settings.out is not None:
+        with writing(settings.out):
+            settings.out.mkdir(parents=True, exist_ok=True)
+            write_json(record, settings.out / "performance.json")
+            write_whole(settings.out / "performance.md", page(record))
+            if settings.growth:
+                plot(record["growth"], settings.out / "performance-growth.png")
+    return record
+
+
+def chosen_rows(settings: BenchSettings, device: torch.device, threads: int, progress: Progress) -> list[Row]:
+    """Raises InputError where none is left."""
+    if settings.model is not None:
+        read_config(settings.model, "--model")
+        fast = pick_dtype("auto", device) == torch.bfloat16
+        rows = rows_of_model(settings.model, str(device), threads, "bfloat16" if fast else "float32")
+    else:
+        try:
+            chat = str(smollm2(progress))
+        except InputError as error:
+            progress.warn(f"rows on SmolLM2 are left out: {error}")
+            chat = None
+        rows = standard_rows(chat, str(device), threads)
+    words = (settings.only or "").split()
+    names = [f"{row.kind} {row.workload.name} {row.workload.precision}" for row in rows]
+    kept = [row for row, name in zip(rows, names, strict=True) if all(word in name for word in words)]
+    if not kept:
+        raise InputError(f"--only {settings.only!r} leaves no row; there are: {'; '.join(names)}.")
+    return kept
+
+
+def interpreters(settings: BenchSettings) -> dict[str, str]:
+    """The Python of each peer. Raises InputError for one that is not there."""
+    found = {"transformers": sys.executable}
+    for name, python in (("trl", settings.trl_python), ("vllm", settings.vllm_python)):
+        if python is None:
+            continue
+        if shutil.which(python) is None:
+            raise InputError(f"--{name}-python = {python!r} is no program; give the python of an environment with it.")
+        found[name] = python
+    return found
+
+
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    return {
+        "processor": processor(device),
+        "threads": threads,
+        "fast_bfloat16": pick_dtype("auto", device) == torch.bfloat16,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    described = Path("/proc/cpuinfo")
+    said = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
+    names = [text.partition(":")[2].strip() for text in said if text.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row's result in a line."""
+    ours, work = row["tandem"], row["workload"]
+    said = [f"{row['kind']}, {work['name']}, {work['precision']}: {ours['seconds']:.2f} s"]
+    said.append(f"{row['tokens'] / ours['seconds']:,.0f} response tokens/s")
+    said.append(f"{ours['share_of_limit']:.0%} of the limit")
+    said += [f"{statistics.median(peer['ratios']):.1f} times {peer['version']}" for peer in row["peers"].values()]
+    return ", ".join(said)

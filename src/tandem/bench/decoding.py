@@ -1,0 +1,65 @@
+"""Time decoding in this process: `python -m tandem.bench.decoding WORKLOAD BATCHES`, JSON out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tandem.allocator import keep_memory
+from tandem.bench.workloads import Workload
+from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
+from tandem.models.loading import load_causal, load_tokenizer, pick_dtype
+from tandem.models.trunk import Trunk
+from tandem.rollout import TorchGenerator
+from tandem.run.machine import machine_record
+from tandem.text import decoder
+from tandem.types import Prompt
+
+
+def random_prompts(tokenizer: PreTrainedTokenizerBase, workload: Workload, number: int) -> list[Prompt]:
+    """Prompts of the workload's length, others for each batch."""
+    random = torch.Generator().manual_seed(workload.seed * 10_000 + number)
+    ids = torch.randint(10, 300, (workload.sequences, workload.prompt_tokens), generator=random)
+    return [Prompt(tuple(row), str(tokenizer.decode(row)), None, {}) for row in ids.tolist()]
+
+
+def fixed_length_generator(
+    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, workload: Workload
+) -> TorchGenerator:
+    """One that nothing stops before the workload's length."""
+    return TorchGenerator(
+        policy,
+        decoder(tokenizer),
+        stop_ids=(),
+        max_new_tokens=workload.response_tokens,
+        sequences_per_batch=workload.sequences,
+        random=torch.Generator(device=policy.device).manual_seed(workload.seed),
+    )
+
+
+def measure(workload: Workload, batches: int) -> dict[str, Any]:
+    """Seconds of each batch after the first, and what the process took."""
+    if workload.threads:
+        torch.set_num_threads(workload.threads)
+    device = torch.device(workload.device)
+    tokenizer = load_tokenizer(workload.model, "model")
+    model = load_causal(workload.model, "model", pick_dtype(workload.precision, device), device)
+    policy = CausalPolicy(Trunk(model), FULL_DISTRIBUTION)
+    generator = fixed_length_generator(policy, tokenizer, workload)
+    seconds = []
+    for number in range(batches + 1):
+        prompts = random_prompts(tokenizer, workload, number)
+        start = time.monotonic()
+        generator.generate(prompts)
+        seconds.append(time.monotonic() - start)
+    return {"seconds": seconds[1:], "first": seconds[0], **machine_record(device)}
+
+
+if __name__ == "__main__":
+    keep_memory()
+    print(json.dumps(measure(Workload.from_json(sys.argv[1]), int(sys.argv[2]))))

@@ -1,0 +1,106 @@
+"""Models to time on: real shapes with random weights, and the reward models that a joint step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from tandem.config import AdapterSection
+from tandem.models.cards import RewardCard, make_probes, write_card
+from tandem.models.loading import load_causal, load_tokenizer
+from tandem.models.saving import save_scalar
+from tandem.models.scalar import ScalarModel, zero_head
+from tandem.models.scoring import DecoderScorer
+from tandem.models.trunk import Trunk
+
+_QWEN = {"max_position_embeddings": 4096, "rope_theta": 1e6}
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama-15m": {
+        "kind": LlamaConfig,
+        "vocab_size": 32_000,
+        "hidden_size": 288,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "qwen-0.5b": {
+        "kind": Qwen2Config,
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        **_QWEN,
+    },
+    "qwen-1.5b": {
+        "kind": Qwen2Config,
+        "vocab_size": 151_936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        **_QWEN,
+    },
+    "qwen-7b": {
+        "kind": Qwen2Config,
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        **_QWEN,
+    },
+}
+
+
+def make_shape(folder: Path, shape: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Path:
+    """Save a model of a shape with random weights, and a tokenizer that has a word for each id."""
+    settings = {name: value for name, value in shape.items() if name != "kind"}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape["kind"](**settings, bos_token_id=1, eos_token_id=2), dtype=dtype)
+    model.save_pretrained(folder)
+    word_tokenizer(shape["vocab_size"]).save_pretrained(folder)
+    return folder
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One word an id, so that decoding and encoding keep a text's length."""
+    words = {name: number for number, name in enumerate(("<unk>", "<s>", "</s>", "<pad>"))}
+    words |= {f"w{number}": number for number in range(len(words), vocabulary)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def make_reward_model(source: str, folder: Path, adapters: AdapterSection | None) -> Path:
+    """Save a reward model with a random head on a causal model: whole, or as an adapter of it."""
+    device = torch.device("cpu")
+    tokenizer = load_tokenizer(source, "model")
+    trunk = Trunk(load_causal(source, "model", torch.float32, device))
+    name = None
+    if adapters is not None:
+        name = "reward"
+        trunk.add_adapter(name, adapters)
+    head = zero_head(trunk.model.config.get_text_config().hidden_size, device)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(head.weight, std=0.02)
+    model = ScalarModel(trunk, head.requires_grad_(False), name)
+    save_scalar(model, tokenizer, folder)
+    probes = make_probes(DecoderScorer(model, 4096), [list(range(5, 12)), list(range(20, 31))])
+    write_card(RewardCard(source, None, 0, None, adapters, probes), folder)
+    return folder

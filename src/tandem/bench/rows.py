@@ -1,0 +1,202 @@
+"""The rows of the comparison, and how each side of a row is run: a process of its own, the sides in turn."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tandem.bench.arithmetic import (
+    Ceilings,
+    ModelSize,
+    decoding_floor,
+    joint_step_flops,
+    measure_ceilings,
+)
+from tandem.bench.models import SHAPES, make_reward_model, make_shape
+from tandem.bench.workloads import Precision, Workload
+from tandem.config import AdapterSection
+from tandem.errors import RunError
+
+PEERS = Path(__file__).parent / "peers"
+SCRIPTS = {"trl": "trl_step.py", "transformers": "transformers_generate.py", "vllm": "vllm_generate.py"}
+STEP, DECODING = "joint step", "decoding"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A workload, what of it is timed, and the systems that it is timed against."""
+
+    kind: str
+    workload: Workload
+    peers: tuple[str, ...]
+
+
+@dataclass
+class Measured:
+    """One side of a row: seconds of every step or batch, a list for each round."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    peak_memory_gib: float | None = None
+    version: str = "this version of Tandem"
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(second for found in self.rounds for second in found)
+
+    def add(self, answer: dict[str, Any]) -> None:
+        steps = answer.get("steps")
+        self.rounds.append([step["time/step"] for step in steps] if steps else answer["seconds"])
+        for step in steps or []:
+            for name, value in step.items():
+                if name.startswith("time/") and name != "time/step":
+                    self.phases.setdefault(name.removeprefix("time/"), []).append(value)
+        if answer.get("peak_device_memory_gib") or answer.get("peak_memory_gib"):
+            found = answer.get("peak_device_memory_gib") or answer["peak_memory_gib"]
+            self.peak_memory_gib = max(found, self.peak_memory_gib or 0.0)
+        self.version = answer["version"] if isinstance(answer.get("version"), str) else self.version
+
+
+def standard_rows(small_chat_model: str | None, device: str, threads: int) -> list[Row]:
+    """Those of docs/performance.md; the ones on a chat model are left out where there is none."""
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    step, batch = (64, 32, 64), (64, 32, 32)
+
+    def of(name: str, model: str, sizes: tuple[int, int, int], precision: Precision, **more: Any) -> Workload:
+        return Workload(name, model, *sizes, precision, device=device, threads=threads, **more)
+
+    rows = [
+        Row(STEP, of("15M Llama, 4 epochs", "llama-15m", step, precision, epochs=4), ("trl",))
+        for precision in precisions
+    ]
+    if small_chat_model is not None:
+        for precision in precisions:
+            four = of("SmolLM2-135M", small_chat_model, (32, 16, 32), precision)
+            one = replace(
+                four, name="SmolLM2-135M, one trunk, adapters on 8 layers", sharing="adapters", upper_layers=8
+            )
+            rows += [Row(STEP, four, ("trl",)), Row(STEP, one, ("trl",))]
+    for precision in precisions:
+        rows.append(Row(DECODING, of("15M Llama", "llama-15m", step, precision), ("transformers", "vllm")))
+        if small_chat_model is not None:
+            chat = of("SmolLM2-135M", small_chat_model, batch, precision)
+            rows.append(Row(DECODING, chat, ("transformers", "vllm")))
+    return rows
+
+
+def rows_of_model(model: str, device: str, threads: int, precision: Precision) -> list[Row]:
+    """A joint step and decoding on a person's own model."""
+    step = Workload(model, model, 32, 32, 64, precision, device=device, threads=threads)
+    return [Row(STEP, step, ("trl",)), Row(DECODING, step, ("transformers", "vllm"))]
+
+
+class Bench:
+    """Runs rows; what they need is made once in a folder of its own."""
+
+    def __init__(self, pythons: dict[str, str], rounds: int, steps: int, say: Callable[[str], None]) -> None:
+        """`pythons` are the interpreters that each peer is installed in; a peer without one is left out."""
+        self._pythons = pythons
+        self._rounds = rounds
+        self._steps = steps
+        self._say = say
+        self._folder = tempfile.TemporaryDirectory(prefix="tandem-bench-")
+        self._ceilings: dict[tuple[int, str], Ceilings] = {}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def run(self, row: Row) -> dict[str, Any]:
+        """Every side in turn, round by round; what was found, as it goes into the page."""
+        workload = row.workload.at(self._model(row.workload.model))
+        sides = ["tandem", *(peer for peer in row.peers if peer in self._pythons)]
+        found = {side: Measured() for side in sides}
+        for number in range(self._rounds):
+            for side in sides:
+                self._say(f"{row.kind}, {workload.name}, {workload.precision}: {side}, round {number + 1}")
+                found[side].add(self._answer(self._command(row.kind, side, workload)))
+        return self._record(row, workload, found)
+
+    def _record(self, row: Row, workload: Workload, found: dict[str, Measured]) -> dict[str, Any]:
+        ours, size = found["tandem"], ModelSize.of(workload.model)
+        ceilings = self._ceilings_of(size, workload)
+        if row.kind == STEP:
+            flops = joint_step_flops(size, workload)
+            floor = flops / ceilings.flops
+        else:
+            flops, floor = None, decoding_floor(size, workload, ceilings)
+        return {
+            "kind": row.kind,
+            "workload": json.loads(row.workload.to_json()),
+            "tokens": workload.response_total,
+            "gigaflops": None if flops is None else flops / 1e9,
+            "gigaflops_per_second_at_most": ceilings.flops / 1e9,
+            "gigabytes_per_second_at_most": ceilings.bandwidth / 1e9,
+            "seconds_at_the_limit": floor,
+            "tandem": self._side(ours) | {"share_of_limit": floor / ours.seconds},
+            "peers": {
+                name: self._side(other) | {"ratios": ratios(other, ours)}
+                for name, other in found.items()
+                if name != "tandem"
+            },
+        }
+
+    @staticmethod
+    def _side(side: Measured) -> dict[str, Any]:
+        phases = {name: statistics.median(seconds) for name, seconds in side.phases.items()}
+        return {
+            "version": side.version,
+            "seconds": side.seconds,
+            "rounds": side.rounds,
+            "phases": phases,
+            "peak_memory_gib": side.peak_memory_gib,
+        }
+
+    def _ceilings_of(self, size: ModelSize, workload: Workload) -> Ceilings:
+        key = (size.hidden, workload.precision)
+        if key not in self._ceilings:
+            self._ceilings[key] = measure_ceilings(size, workload.precision, workload.device)
+        return self._ceilings[key]
+
+    def _model(self, name: str) -> Path:
+        folder = Path(self._folder.name) / name
+        if name not in SHAPES:
+            return Path(name)
+        return folder if folder.exists() else make_shape(folder, SHAPES[name])
+
+    def _reward_model(self, workload: Workload) -> Path:
+        adapters = AdapterSection(upper_layers=workload.upper_layers) if workload.sharing == "adapters" else None
+        folder = Path(self._folder.name) / f"reward-{Path(workload.model).name}-{workload.sharing}"
+        return folder if folder.exists() else make_reward_model(workload.model, folder, adapters)
+
+    def _command(self, kind: str, side: str, workload: Workload) -> list[str]:
+        steps = str(self._steps)
+        if side != "tandem":
+            return [self._pythons[side], str(PEERS / SCRIPTS[side]), workload.to_json(), steps]
+        if kind == STEP:
+            module, extra = "tandem.bench.joint_step", [str(self._reward_model(workload))]
+        else:
+            module, extra = "tandem.bench.decoding", []
+        return [sys.executable, "-m", module, workload.to_json(), *extra, steps]
+
+    def _answer(self, command: Sequence[str]) -> dict[str, Any]:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise RunError(f"{command[0]} {command[1]} {command[2][:40]}... ended with {done.returncode}: {last}")
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def ratios(peer: Measured, ours: Measured) -> list[float]:
+    """How many times faster we were, round by round."""
+    pairs = zip(peer.rounds, ours.rounds, strict=True)
+    return [statistics.median(theirs) / statistics.median(own) for theirs, own in pairs]

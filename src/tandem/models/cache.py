@@ -1,0 +1,76 @@
+"""The KV cache of sampling: room for the whole response is taken once, and each token is written into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, length, D] as views of room for `capacity` positions.
+
+    transformers' own layer copies all that it holds for every token that is added, and again for every row that
+    leaves.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add positions; returns all there are. The first ones, a prompt's, are kept as they come."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if self._room is None or self._room[0].shape[2] < end:
+            self._take_room(self.keys.shape[0], end)
+        assert self._room is not None
+        rows = len(key_states)
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:rows, :, start:end] = states
+        self._show(rows, end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Let row n be what row `indices[n]` was. Rows that stay where they are cost nothing; a row may be repeated."""
+        if self._room is None or len(indices) > len(self._room[0]):
+            self._take_room(len(indices), self.keys.shape[2], indices)
+            return
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
+        for room, held in zip(self._room, (self.keys, self.values), strict=True):
+            room[moved, :, : held.shape[2]] = held[indices[moved]]
+        self._show(len(indices), self.keys.shape[2])
+
+    def _take_room(self, rows: int, length: int, indices: Tensor | None = None) -> None:
+        rooms = []
+        for held in (self.keys, self.values):
+            room = held.new_empty(rows, held.shape[1], max(self._capacity, length), held.shape[3])
+            room[:, :, : held.shape[2]] = held if indices is None else held[indices]
+            rooms.append(room)
+        self._room = (rooms[0], rooms[1])
+        self._show(rows, self.keys.shape[2])
+
+    def _show(self, rows: int, length: int) -> None:
+        assert self._room is not None
+        self.keys, self.values = (room[:rows, :, :length] for room in self._room)
+
+
+def roomy_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+    """An empty cache for sequences of up to `capacity` tokens.
+
+    Layers of other kinds than full attention (a sliding window, a recurrent state) are transformers' own.
+    """
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -1,0 +1,231 @@
+"""What a joint step costs, counted: nothing here looks at a clock."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tandem import algo
+from tandem.bench.counting import counting
+from tandem.bench.decoding import random_prompts
+from tandem.bench.growth import exponent
+from tandem.bench.joint_step import stage_of, step
+from tandem.bench.models import SHAPES, make_reward_model, make_shape
+from tandem.bench.page import page
+from tandem.bench.rows import Measured, ratios
+from tandem.bench.workloads import Workload
+from tandem.cli import main
+from tandem.config import AdapterSection
+from tandem.models import causal
+from tandem.models.cache import roomy_cache
+from tandem.models.loading import load_causal
+from tandem.stages.joint import evaluate
+from tandem.stages.state import start_state
+from tandem.types import Prompt, Scores, split_by_tokens
+from test_generator import make, policy_of
+
+LAYERS = 4
+WIDE = {
+    **SHAPES["llama-15m"],
+    "vocab_size": 2_000,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+}
+SEQUENCES, PROMPT, RESPONSE = 16, 5, 6
+LENGTH = PROMPT + RESPONSE
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return make_shape(tmp_path_factory.mktemp("wide"), WIDE)
+
+
+@pytest.fixture(scope="module")
+def workload(wide):
+    return Workload("counted", str(wide), SEQUENCES, PROMPT, RESPONSE, "float32", epochs=2)
+
+
+@pytest.fixture(scope="module")
+def whole_reward(wide, tmp_path_factory):
+    return str(make_reward_model(str(wide), tmp_path_factory.mktemp("reward"), None))
+
+
+def counts_of_a_step(workload, reward):
+    stage, config = stage_of(workload, reward)
+    models = stage.models
+    prompts = random_prompts(stage.tokenizer, workload, 0)
+    with counting([models.policy.trunk, models.reference.trunk, models.value.trunk]) as counts:
+        step(stage, config, start_state(config), prompts)
+    return counts
+
+
+def test_a_step_computes_nothing_twice(workload, whole_reward):
+    """Sampling; reference and value; an eighth of the rows for the comparison; policy and value in each epoch."""
+    counts = counts_of_a_step(workload, whole_reward)
+    read, tried = SEQUENCES * LENGTH, SEQUENCES // 8 * LENGTH
+    sampled = SEQUENCES * (PROMPT + RESPONSE - 1)
+    assert counts.layer_positions == LAYERS * (sampled + 2 * read + tried + 2 * 2 * read)
+    answered = SEQUENCES * RESPONSE
+    assert counts.head_rows == answered + answered + SEQUENCES // 8 * RESPONSE + 2 * answered
+
+
+def test_adapters_share_what_lies_below_them(workload, wide, tmp_path):
+    adapters = AdapterSection(upper_layers=1)
+    reward = make_reward_model(str(wide), tmp_path / "reward", adapters)
+    counts = counts_of_a_step(replace(workload, sharing="adapters", upper_layers=1), str(reward))
+    read, tried = SEQUENCES * LENGTH, SEQUENCES // 8 * LENGTH
+    sampled = LAYERS * SEQUENCES * (PROMPT + RESPONSE - 1)
+    rewarded = LAYERS * read
+    below = (LAYERS - 1) * read
+    assert counts.layer_positions == sampled + rewarded + below + 2 * read + tried + 2 * 2 * read
+
+
+def test_logits_are_bounded_whatever_the_batch(workload, whole_reward, monkeypatch):
+    monkeypatch.setattr(causal, "_LOGITS_PER_CHUNK", 8 * WIDE["vocab_size"])
+    small = counts_of_a_step(replace(workload, sequences=8), whole_reward)
+    large = counts_of_a_step(replace(workload, sequences=32), whole_reward)
+    assert small.largest_logits_bytes == 4 * 8 * WIDE["vocab_size"]
+    assert large.largest_logits_bytes == 4 * 32 * WIDE["vocab_size"], "only sampling holds a row for each sequence"
+
+
+@pytest.mark.parametrize("budget", [2048, 4096, 8192])
+def test_little_is_padding(budget):
+    random = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(256, generator=random) * 0.6 + 5).exp().long().clamp(20, 1024)
+    groups = split_by_tokens(lengths, budget)
+    padded = sum(len(rows) * int(lengths[rows].max()) for rows in groups)
+    assert 1 - int(lengths.sum()) / padded < 0.05
+
+
+def test_decoding_stops_with_the_rows(tiny):
+    """A row that has ended is fed no further, and a prompt that is answered several times is read once."""
+    policy = policy_of(tiny())
+    prompts = [Prompt((5, 6, 7), "", None, {})] * 12
+    with counting([policy.trunk]) as counts:
+        rollouts = make(policy, stop=range(0, 300, 5), limit=20, batch=12).generate(prompts)
+    lengths = [len(rollout.ids) for rollout in rollouts]
+    assert len(set(lengths)) > 3
+    assert counts.layer_positions == 3 * (3 + sum(length - 1 for length in lengths))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_room_taken_once_holds_what_a_growing_cache_holds(tiny, architecture):
+    """Rows that leave, move and multiply, against transformers' own cache by the same names."""
+    model = load_causal(str(tiny(architecture)), "model", torch.float32, torch.device("cpu"))
+    plain, roomy = DynamicCache(config=model.config), roomy_cache(model, 6)
+    random = torch.Generator().manual_seed(0)
+    selections = [None, [0, 0, 1, 2, 2], [4, 1, 2, 3], None, [0, 3], [1], [0, 0, 0]]
+    rows = 3
+    for number, selection in enumerate(selections):
+        ids = torch.randint(0, 300, (rows, 4 if number == 0 else 1), generator=random)
+        with torch.no_grad():
+            expected, found = (
+                model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+                for cache in (plain, roomy)
+            )
+        assert torch.allclose(found, expected, atol=1e-6)
+        if selection is not None:
+            for cache in (plain, roomy):
+                cache.batch_select_indices(torch.tensor(selection))
+            rows = len(selection)
+    assert roomy.get_seq_length() == plain.get_seq_length() == 10
+
+
+class Sampled:
+    """Rollouts of a tiny policy, and the trajectories that it is measured by."""
+
+    def __init__(self, path) -> None:
+        self.policy = policy_of(path)
+        self.rollouts = make(self.policy, limit=5, batch=20).generate(
+            [Prompt((4 + n, 9), "", None, {}) for n in range(20)]
+        )
+
+    def evaluated(self, rollouts, recompute):
+        scores = Scores(torch.zeros(len(rollouts)), {})
+        value = Zero()
+        return evaluate(rollouts, scores, self.policy, self.policy, value, 10**6, recompute=recompute)
+
+
+class Zero:
+    def values(self, tokens):
+        return torch.zeros(len(tokens), tokens.mask.shape[1] + 1)
+
+
+def test_what_sampling_said_stands_where_it_agrees(tiny):
+    sampled = Sampled(tiny())
+    always, auto = (sampled.evaluated(sampled.rollouts, recompute) for recompute in (True, False))
+    assert bool(always.recomputed.all())
+    assert int(auto.recomputed.sum()) == 3
+    assert torch.allclose(auto.logprobs, always.logprobs, atol=1e-4)
+
+
+def test_what_sampling_said_is_dropped_where_it_does_not(tiny):
+    sampled = Sampled(tiny())
+    off = [replace(rollout, logprobs=tuple(x - 0.01 for x in rollout.logprobs)) for rollout in sampled.rollouts]
+    always, auto = (sampled.evaluated(off, recompute) for recompute in (True, False))
+    assert bool(auto.recomputed.all())
+    assert torch.allclose(auto.logprobs, always.logprobs, atol=1e-6)
+
+
+def test_a_second_backward_pass_is_the_first_again():
+    torch.manual_seed(0)
+    states, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    found = algo.projected_logprobs(states, torch.tensor([1, 2, 3, 4]), lambda part, _: part @ weight.T, 8)
+    first = torch.autograd.grad(found.sum(), states, retain_graph=True)[0]
+    assert torch.allclose(torch.autograd.grad(found.sum(), states)[0], first, atol=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux only")
+def test_freed_memory_is_used_again():
+    """Once warm, a tensor of 64 MiB that is made and freed touches no new page."""
+    code = (
+        "from tandem.allocator import keep_memory\nkeep_memory()\n"
+        "import os, resource, torch\n"
+        "assert os.environ['THP_MEM_ALLOC_ENABLE'] == '1'\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(40): y = torch.ones(2**24)\n"
+        "before = faults()\n"
+        "for _ in range(10): y = torch.ones(2**24)\n"
+        "print(faults() - before)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(said) < 10
+
+
+def test_the_bench_command_times_a_model_of_ones_own(tiny, tmp_path, capsys):
+    words = ["bench", "--model", str(tiny()), "--only", "decoding", "--rounds", "1", "--steps", "1"]
+    assert main([*words, "--threads", "1", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "performance.json").read_text())
+    (row,) = record["rows"]
+    assert 0 < row["tandem"]["share_of_limit"] < 1
+    assert len(row["peers"]["transformers"]["ratios"]) == 1
+    assert "times transformers" in capsys.readouterr().out
+    assert (tmp_path / "performance.md").read_text() == page(record)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "a horse"], "leaves no row"),
+        (["--trl-python", "/no/such/python"], "--trl-python"),
+        (["--rounds", "0"], "--rounds"),
+        (["--device", "tpu"], "allowed are auto"),
+    ],
+)
+def test_what_the_bench_command_refuses(tiny, capsys, words, said):
+    assert main(["bench", "--model", str(tiny()), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_ratios_are_of_one_round_and_exponents_of_sizes():
+    ours, peer = Measured([[1.0, 1.0, 9.0], [2.0]]), Measured([[3.0], [3.0, 3.0]])
+    assert ratios(peer, ours) == [3.0, 1.5]
+    assert exponent([(1, 2.0), (2, 8.0), (4, 32.0)]) == pytest.approx(2.0)
