@@ -83,9 +83,9 @@ def test_adapters_share_what_lies_below_them(workload, wide, tmp_path):
     counts = counts_of_a_step(replace(workload, sharing="adapters", upper_layers=1), str(reward))
     read, tried = SEQUENCES * LENGTH, SEQUENCES // 8 * LENGTH
     sampled = LAYERS * SEQUENCES * (PROMPT + RESPONSE - 1)
-    rewarded = LAYERS * read
     below = (LAYERS - 1) * read
-    assert counts.layer_positions == sampled + rewarded + below + 2 * read + tried + 2 * 2 * read
+    rewarded = SEQUENCES * LENGTH
+    assert counts.layer_positions == sampled + below + rewarded + 2 * read + tried + 2 * 2 * read
 
 
 def test_logits_are_bounded_whatever_the_batch(workload, whole_reward, monkeypatch):
@@ -229,3 +229,14 @@ def test_ratios_are_of_one_round_and_exponents_of_sizes():
     ours, peer = Measured([[1.0, 1.0, 9.0], [2.0]]), Measured([[3.0], [3.0, 3.0]])
     assert ratios(peer, ours) == [3.0, 1.5]
     assert exponent([(1, 2.0), (2, 8.0), (4, 32.0)]) == pytest.approx(2.0)
+
+
+def test_what_was_read_once_is_the_same_for_the_reward(workload, wide, tmp_path):
+    """A reward adapter scores from the activations of the policy's rows what it scores by itself."""
+    reward = make_reward_model(str(wide), tmp_path / "reward", AdapterSection(upper_layers=1))
+    stage, _ = stage_of(replace(workload, sharing="adapters", upper_layers=1), str(reward))
+    rollouts = stage.generator.generate(random_prompts(stage.tokenizer, workload, 0))
+    alone = stage.reward.score(rollouts).total
+    stage.models.policy.trunk.forget()
+    assert torch.allclose(stage.score(rollouts).total, alone, atol=1e-6)
+    assert alone.std() > 1e-3

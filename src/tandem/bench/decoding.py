@@ -22,10 +22,23 @@ from tandem.types import Prompt
 
 
 def random_prompts(tokenizer: PreTrainedTokenizerBase, workload: Workload, number: int) -> list[Prompt]:
-    """Prompts of the workload's length, others for each batch."""
+    """Prompts of the workload's length, others for each batch, of tokens that are words by themselves."""
     random = torch.Generator().manual_seed(workload.seed * 10_000 + number)
-    ids = torch.randint(10, 300, (workload.sequences, workload.prompt_tokens), generator=random)
+    words = torch.tensor(word_ids(tokenizer))
+    ids = words[torch.randint(len(words), (workload.sequences, workload.prompt_tokens), generator=random)]
     return [Prompt(tuple(row), str(tokenizer.decode(row)), None, {}) for row in ids.tolist()]
+
+
+def word_ids(tokenizer: PreTrainedTokenizerBase, among: int = 2000) -> list[int]:
+    """Ids that a text made of them is read as again; all small ones where the tokenizer has no such words."""
+    texts = {number: str(tokenizer.decode([number])) for number in range(10, min(among, len(tokenizer)))}
+    kept = [
+        number
+        for number, text in texts.items()
+        if text.strip().isalnum() and text.isascii() and (text[0] == " " or text[1:].isdigit())
+        if tokenizer(text, add_special_tokens=False).input_ids == [number]
+    ]
+    return kept or list(texts)
 
 
 def fixed_length_generator(

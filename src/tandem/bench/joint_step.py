@@ -72,7 +72,7 @@ def step(
     with clock("rollout"):
         rollouts = stage.generator.generate(prompts)
     with clock("score"):
-        scores = stage.reward.score(rollouts)
+        scores = stage.score(rollouts)
     with clock("evaluate"):
         judged = judge(stage, config, state.with_scores(scores), rollouts, scores)
     with clock("update"):

@@ -28,10 +28,12 @@ class DecoderScorer:
 
     @torch.no_grad()
     def score(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        tokens = whole_texts(texts)
+        tokens, trunk = whole_texts(texts), self.model.trunk
+        if trunk.shares_below(self.model.adapter):
+            tokens = trunk.prepare(tokens, self._budget)
         scores = torch.zeros(len(texts))
         for rows in split_by_tokens(tokens.lengths, self._budget):
-            scores[rows] = self.model.scores(tokens.select(rows).to(self.model.trunk.device)).cpu()
+            scores[rows.cpu()] = self.model.scores(tokens.select(rows).to(trunk.device)).cpu()
         return scores
 
 

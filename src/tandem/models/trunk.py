@@ -39,6 +39,7 @@ class Trunk:
         )
         self._first_layers: dict[str, int] = {}
         self._cut = 0
+        self._lower_of: dict[tuple[int, ...], Tensor] = {}
         self._linear_names = self._linear_layers()
         self._lora_layers: list[Any] = []
         self._lora_configs: dict[str, LoraConfig] = {}
@@ -134,20 +135,35 @@ class Trunk:
             works = False
         self._cut = self._cut if works else 0
 
+    def shares_below(self, adapter: str | None) -> bool:
+        """Whether what `prepare` runs is what this adapter's model computes in its lower layers."""
+        first = len(self._blocks) if adapter is None else self._first_layers[adapter]
+        return 0 < self._cut <= first
+
     @torch.no_grad()
     def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
-        """The tokens with the activations of the shared lower layers, if there are such layers."""
+        """The tokens with the activations of the shared lower layers, if there are such layers.
+
+        Texts that were run since `forget`, with or without their last token, are not run again: what a causal model
+        computes of a text does not depend on what follows.
+        """
         tokens = tokens.to(self.device)
         if self._cut == 0:
             return tokens
-        activations: Tensor | None = None
-        for rows in split_by_tokens(tokens.lengths, tokens_per_microbatch):
-            part = tokens.select(rows)
-            lower = self._lower(part.ids)
-            if activations is None:
-                activations = lower.new_zeros(*tokens.ids.shape, lower.shape[-1])
-            activations[rows, : lower.shape[1]] = lower
-        return replace(tokens, activations=activations)
+        texts = [tuple(row[:length]) for row, length in zip(tokens.ids.tolist(), tokens.lengths.tolist(), strict=True)]
+        new = torch.tensor(
+            [number for number, text in enumerate(texts) if text not in self._lower_of], dtype=torch.int64
+        )
+        for group in split_by_tokens(tokens.lengths.cpu()[new], tokens_per_microbatch):
+            rows = new[group]
+            for row, lower in zip(rows.tolist(), self._lower(tokens.select(rows).ids), strict=True):
+                self._lower_of |= {texts[row]: lower, texts[row][:-1]: lower}
+        found = [self._lower_of[text][: len(text)] for text in texts]
+        return replace(tokens, activations=torch.nn.utils.rnn.pad_sequence(found, batch_first=True))
+
+    def forget(self) -> None:
+        """Let the next `prepare` run all that it is given: a step must not depend on what was read before it."""
+        self._lower_of = {}
 
     def _lower(self, ids: Tensor) -> Tensor:
         caught = _Catch()

@@ -52,8 +52,7 @@ def evaluate(
     Without `recompute`, an eighth of the rows, the longest, is run through the policy once more; where the sampler's
     log-probabilities are within 1e-4 nats of what that says, they stand for the policy's on the other rows.
     """
-    tokens = pad_tokens([rollout.prompt.ids for rollout in rollouts], [rollout.ids for rollout in rollouts])
-    tokens = policy.prepare(tokens, tokens_per_microbatch)
+    tokens = policy.prepare(tokens_of(rollouts), tokens_per_microbatch)
     device = tokens.ids.device
     behaviour = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(rollout.logprobs) for rollout in rollouts], batch_first=True
@@ -75,6 +74,11 @@ def evaluate(
         scores=scores.total.to(device),
         process_rewards=process.to(device),
     )
+
+
+def tokens_of(rollouts: Sequence[Rollout]) -> Tokens:
+    """Prompts and responses side by side."""
+    return pad_tokens([rollout.prompt.ids for rollout in rollouts], [rollout.ids for rollout in rollouts])
 
 
 def policy_logprobs(

@@ -25,7 +25,7 @@ from tandem.rewards.model import ModelReward
 from tandem.rewards.remote import RemoteReward
 from tandem.rollout import Generator, TorchGenerator
 from tandem.run import Progress, RunFolder
-from tandem.stages.joint import evaluate
+from tandem.stages.joint import evaluate, tokens_of
 from tandem.stages.scoring import refused_before_training
 from tandem.stages.update import Course, Engine, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
 from tandem.text import decoder
@@ -70,6 +70,14 @@ class JointStage:
     def set_value_units(self, scale: float, shift: float) -> None:
         """Read a head that was taken over as it spoke then."""
         self.models.value.scale, self.models.value.shift = scale, shift
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """What the reward says. What the models share of reading these rollouts is read before, once for all."""
+        policy = self.models.policy
+        if policy.trunk.shares_below(policy.adapter):
+            policy.trunk.forget()
+            policy.prepare(tokens_of(rollouts), self.placement.tokens_per_microbatch)
+        return self.reward.score(rollouts)
 
     def evaluate(self, rollouts: Sequence[Rollout], scores: Scores) -> Trajectories:
         models, budget = self.models, self.placement.tokens_per_microbatch

@@ -26,7 +26,7 @@ from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
 from tandem.run.start import start_of
 from tandem.stages.finite import check_scores
-from tandem.stages.joint import in_parts
+from tandem.stages.joint import in_parts, tokens_of
 from tandem.stages.joint_setup import JointStage, build
 from tandem.stages.saved_rollouts import (
     SavedRollout,
@@ -41,7 +41,7 @@ from tandem.stages.scoring import skipped_metric, try_rewards, with_scores_only
 from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import Judged, judge, learn
-from tandem.types import Batch, Prompt, Rollout, pad_tokens
+from tandem.types import Batch, Prompt, Rollout
 from tandem.view import reported
 
 
@@ -144,7 +144,7 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
             with clock("rollout"), memory_limits("sampling", number, sampling_knobs(config)):
                 sampled = stage.generator.generate(repeat(prompts, config.rollout.responses_per_prompt))
             with clock("score"):
-                everything = stage.reward.score(sampled)
+                everything = stage.score(sampled)
                 rollouts, scores, skipped = with_scores_only(sampled, everything)
                 check_scores(scores, rollouts)
             if skipped and not standing.row.get("reward/skipped"):
@@ -307,10 +307,9 @@ def check_start(stage: JointStage, config: PpoConfig) -> None:
     chosen = [prompts[0], prompts[len(prompts) // 2], prompts[-1]]
     rollouts = stage.fresh_generator(config).generate(chosen)
     try_rewards(stage.reward, rollouts)
-    tokens = pad_tokens([rollout.prompt.ids for rollout in rollouts], [rollout.ids for rollout in rollouts])
     with torch.no_grad():
         policy, budget = stage.models.policy, config.compute.tokens_per_microbatch
-        trained = in_parts(policy.logprobs, policy.prepare(tokens, budget), budget)
+        trained = in_parts(policy.logprobs, policy.prepare(tokens_of(rollouts), budget), budget)
     gaps = torch.cat(
         [
             (trained[row, : len(rollout.ids)].cpu() - torch.tensor(rollout.logprobs)).abs()
@@ -332,7 +331,7 @@ def evaluate_heldout(run: JointRun, name: str, state: JointState) -> dict[str, f
     if not stage.heldout:
         return {}
     rollouts = stage.fresh_generator(config).generate(repeat(stage.heldout, config.eval_responses_per_prompt))
-    rollouts, scores, skipped = with_scores_only(rollouts, stage.reward.score(rollouts))
+    rollouts, scores, skipped = with_scores_only(rollouts, stage.score(rollouts))
     try:
         check_scores(scores, rollouts)
         judged = judge(stage, config, state, rollouts, scores)
