@@ -10,7 +10,7 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz bench test lint format examples clean
+.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz bench screenshots test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -39,6 +39,9 @@ faults: .venv/ready ## end real runs in every known way and see what is lost: do
 
 fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
 	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)
+
+screenshots: .venv/ready ## the pictures of docs/viewing.md, after make demo
+	$(BIN)/python benchmarks/screenshots.py runs/demo/ppo
 
 .venv-trl/ready: constraints.txt
 	$(PYTHON) -m venv .venv-trl

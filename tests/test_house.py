@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tandem"
 FOUNDATION = {"types", "errors", "config", "consistency", "recipe", "text", "__init__"}
-MIDDLE = {"data", "models", "rollout", "rewards", "engine", "run"}
+MIDDLE = {"data", "models", "rollout", "rewards", "engine", "run", "view"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
@@ -52,7 +52,7 @@ def test_stages_do_not_know_the_command_line():
         assert not imports(path) & {"cli", "demo"}, path
 
 
-@pytest.mark.parametrize("module", ["tandem.algo", "tandem.stages.joint", "tandem.config", "tandem.cli"])
+@pytest.mark.parametrize("module", ["tandem.algo", "tandem.stages.joint", "tandem.config", "tandem.cli", "tandem.view"])
 def test_light_imports_stay_light(module):
     code = f"import sys, {module}; print([m for m in ('transformers', 'datasets', 'peft', 'vllm') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in _STAGES.items():
         _add_stage(commands, name, kind)
     _add_generate(commands)
+    _add_view(commands)
     _add_bench(commands)
     return parser
 
@@ -236,6 +237,46 @@ def _lines_of_input() -> list[str]:
         ) from None
 
 
+def _add_view(commands: Any) -> None:
+    command = commands.add_parser(
+        "view",
+        help="Look at a run: its report, and every token of its samples",
+        description="Serves a run's report and its samples, every token with its advantage, value, KL and more, to a "
+        "browser on this machine, until Ctrl-C.",
+        allow_abbrev=False,
+    )
+    command.add_argument("directory", type=Path, metavar="RUN", help="the folder of a run, finished or not")
+    command.add_argument("--port", type=_port, default=None, help="port to serve at (a free one)")
+    command.add_argument("--no-browser", action="store_true", help="open no browser, only say the address")
+    command.add_argument(
+        "--export",
+        type=Path,
+        metavar="PATH",
+        help="write the viewer with all samples to FILE.html, or to a folder where there are many, and end",
+    )
+    command.add_argument("--report", action="store_true", help="write report.html into the run's folder, and end")
+    command.set_defaults(run=_run_view)
+
+
+def _run_view(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    serves = not known.report and known.export is None
+    if not serves and (known.port is not None or known.no_browser):
+        raise InputError(
+            "--port and --no-browser have no effect with --export or --report, which serve nothing; leave them out."
+        )
+    from tandem.view import run_view
+
+    run_view(
+        known.directory,
+        port=known.port or 0,
+        export_to=known.export,
+        report=known.report,
+        open_browser=not known.no_browser,
+    )
+    return DONE
+
+
 def _add_demo(commands: Any) -> None:
     command = commands.add_parser(
         "demo",
@@ -313,6 +354,10 @@ def _seed(text: str) -> int:
 
 def _at_least_one(text: str) -> int:
     return int(_number(text, int, lambda value: 1 <= value < 2**31, f"a whole number from 1 to {2**31 - 1}"))
+
+
+def _port(text: str) -> int:
+    return int(_number(text, int, lambda value: 1 <= value < 2**16, f"a port, a whole number from 1 to {2**16 - 1}"))
 
 
 def _temperature(text: str) -> float:

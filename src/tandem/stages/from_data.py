@@ -27,6 +27,7 @@ from tandem.run.random_state import random_numbers, random_tensors, restore_rand
 from tandem.run.record import Recipe
 from tandem.run.signals import Signals
 from tandem.run.start import check_planned, start_of
+from tandem.view import reported
 
 Item = TypeVar("Item")
 
@@ -132,7 +133,7 @@ def run_from_data(
         since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
             training = Training(stage, lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
-            with folder.keeper.safe(stage):
+            with reported(path, progress.warn), folder.keeper.safe(stage):
                 return sum_up(training, train_from_data(training, standing), config.run.seed)
 
 

@@ -42,6 +42,7 @@ from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import Judged, judge, learn
 from tandem.types import Batch, Prompt, Rollout
+from tandem.view import reported
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
         standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
             run = JointRun(stage, config, folder, signals, progress, started - earlier.get("seconds", 0.0))
-            with folder.keeper.safe("ppo"):
+            with reported(path, progress.warn), folder.keeper.safe("ppo"):
                 standing = standing or begin(run, saved)
                 folder.keeper.check_space(run.snapshot(standing))
                 return finish(run, train(run, standing))

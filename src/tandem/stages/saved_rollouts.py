@@ -62,6 +62,7 @@ def records(
             "tokens": [tokenizer.decode([token]) for token in rollout.ids],
             "ids": list(rollout.ids),
             **dict(numbers(row, len(rollout.ids))),
+            "final_value": round(float(trajectories.final_values[row]), 6),
         }
         for row, rollout in enumerate(rollouts)
     ]
