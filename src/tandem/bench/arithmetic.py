@@ -59,21 +59,34 @@ def decoding_flops(size: ModelSize, workload: Workload) -> float:
     return trunk_flops(size, workload) + head_flops(size, workload)
 
 
+def learning_flops(size: ModelSize, workload: Workload) -> float:
+    """Forward and backward of policy and value model in every epoch.
+
+    A backward is two forwards, or one where the weights are frozen; adapters learn in the upper layers only.
+    """
+    trunk, head = trunk_flops(size, workload), head_flops(size, workload)
+    if workload.sharing == "separate":
+        return workload.epochs * (6 * trunk + 3 * head)
+    return workload.epochs * (4 * trunk * adapted_share(size, workload) + 2 * head)
+
+
 def joint_step_flops(size: ModelSize, workload: Workload) -> float:
     """The least that a joint step multiplies where nothing is computed twice.
 
-    Sampling; reward, reference and value forward; then, in each epoch, forward and backward of policy and value
-    model. A backward is two forwards, or one where the weights are frozen; with adapters on the upper layers, what
-    lies below runs once more after sampling, and once for the reward model.
+    Sampling; reward, reference and value forward; then what is learnt. Layers below the adapters run once more after
+    sampling, for all models.
     """
-    trunk, head, epochs = trunk_flops(size, workload), head_flops(size, workload), workload.epochs
-    sampling = trunk + head
+    trunk, head = trunk_flops(size, workload), head_flops(size, workload)
+    upper = trunk * adapted_share(size, workload)
+    measuring = (trunk - upper) + 3 * upper + head
     if workload.sharing == "separate":
-        return sampling + trunk + (trunk + head) + trunk + epochs * (3 * trunk + 3 * head) + epochs * 3 * trunk
-    upper = trunk * (workload.upper_layers or size.layers) / size.layers
-    lower = trunk - upper
-    learning = epochs * (2 * upper + 2 * head) + epochs * 2 * upper
-    return sampling + trunk + lower + (upper + head) + upper + learning
+        measuring = 3 * trunk + head
+    return decoding_flops(size, workload) + measuring + learning_flops(size, workload)
+
+
+def adapted_share(size: ModelSize, workload: Workload) -> float:
+    """How much of the trunk is at or above the lowest adapted layer."""
+    return (workload.upper_layers or size.layers) / size.layers
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import transformers
 
 from tandem.bench.growth import measure_growth, plot
 from tandem.bench.page import page
-from tandem.bench.rows import Bench, Row, rows_of_model, standard_rows
+from tandem.bench.rows import Bench, Row, gpu_rows, rows_of_model, standard_rows
 from tandem.demo.base_model import smollm2
 from tandem.errors import InputError
 from tandem.models.loading import pick_device, pick_dtype
@@ -57,7 +57,8 @@ def run_bench(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     rows = chosen_rows(settings, device, threads, progress)
     pythons = interpreters(settings)
     record = earlier(settings.out, machine(device, threads))
-    with Bench(pythons, settings.rounds, settings.steps, progress.say) as bench:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with Bench(pythons, settings.rounds, settings.steps, dtype, progress.say) as bench:
         for row in rows:
             found = bench.run(row)
             record["rows"] = [other for other in record["rows"] if not same_work(other, found)] + [found]
@@ -97,6 +98,8 @@ def chosen_rows(settings: BenchSettings, device: torch.device, threads: int, pro
         read_config(settings.model, "--model")
         fast = pick_dtype("auto", device) == torch.bfloat16
         rows = rows_of_model(settings.model, str(device), threads, "bfloat16" if fast else "float32")
+    elif device.type == "cuda":
+        rows = gpu_rows(str(device))
     else:
         try:
             chat = str(smollm2(progress))

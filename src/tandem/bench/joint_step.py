@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,17 +69,23 @@ def step(
     stage: JointStage, config: PpoConfig, state: JointState, prompts: Sequence[Prompt]
 ) -> tuple[JointState, dict[str, float]]:
     """What the joint stage does in a step, by the clock."""
-    clock = Clock()
-    with clock("rollout"):
+    clock, on_gpu = Clock(), stage.placement.device.type == "cuda"
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        with clock(name):
+            yield
+            if on_gpu:
+                torch.cuda.synchronize()
+
+    with phase("rollout"):
         rollouts = stage.generator.generate(prompts)
-    with clock("score"):
+    with phase("score"):
         scores = stage.score(rollouts)
-    with clock("evaluate"):
+    with phase("evaluate"):
         judged = judge(stage, config, state.with_scores(scores), rollouts, scores)
-    with clock("update"):
+    with phase("update"):
         after, _ = learn(stage, config, state.with_scores(scores), judged)
-        if stage.placement.device.type == "cuda":
-            torch.cuda.synchronize()
     return after, clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
 
 

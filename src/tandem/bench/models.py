@@ -87,11 +87,13 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-def make_reward_model(source: str, folder: Path, adapters: AdapterSection | None) -> Path:
+def make_reward_model(
+    source: str, folder: Path, adapters: AdapterSection | None, dtype: torch.dtype = torch.float32
+) -> Path:
     """Save a reward model with a random head on a causal model: whole, or as an adapter of it."""
     device = torch.device("cpu")
     tokenizer = load_tokenizer(source, "model")
-    trunk = Trunk(load_causal(source, "model", torch.float32, device))
+    trunk = Trunk(load_causal(source, "model", dtype, device))
     name = None
     if adapters is not None:
         name = "reward"

@@ -12,15 +12,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tandem.bench.arithmetic import (
     Ceilings,
     ModelSize,
     decoding_floor,
     joint_step_flops,
+    learning_flops,
     measure_ceilings,
 )
 from tandem.bench.models import SHAPES, make_reward_model, make_shape
-from tandem.bench.workloads import Precision, Workload
+from tandem.bench.workloads import Precision, Sharing, Workload
 from tandem.config import AdapterSection
 from tandem.errors import RunError
 
@@ -91,6 +94,22 @@ def standard_rows(small_chat_model: str | None, device: str, threads: int) -> li
     return rows
 
 
+def gpu_rows(device: str) -> list[Row]:
+    """Random weights of real shapes, in bfloat16: the largest with one trunk."""
+
+    def of(model: str, sizes: tuple[int, int, int], budget: int, layers: int | None = None) -> Workload:
+        name = model if layers is None else f"{model}, one trunk, adapters on {layers} layers"
+        sharing: Sharing = "separate" if layers is None else "adapters"
+        more = {"sharing": sharing, "upper_layers": layers, "tokens_per_microbatch": budget, "device": device}
+        return Workload(name, model, *sizes, "bfloat16", **more)
+
+    sizes = (64, 128, 256)
+    steps = [of("qwen-0.5b", sizes, 16_384), of("qwen-1.5b", sizes, 16_384), of("qwen-7b", sizes, 8_192, layers=8)]
+    rows = [Row(STEP, step, ("trl",) if step.sharing == "separate" else ()) for step in steps]
+    batches = [of(step.model, sizes, step.tokens_per_microbatch) for step in steps]
+    return rows + [Row(DECODING, batch, ("transformers", "vllm")) for batch in batches]
+
+
 def rows_of_model(model: str, device: str, threads: int, precision: Precision) -> list[Row]:
     """A joint step and decoding on a person's own model."""
     step = Workload(model, model, 32, 32, 64, precision, device=device, threads=threads)
@@ -100,8 +119,14 @@ def rows_of_model(model: str, device: str, threads: int, precision: Precision) -
 class Bench:
     """Runs rows; what they need is made once in a folder of its own."""
 
-    def __init__(self, pythons: dict[str, str], rounds: int, steps: int, say: Callable[[str], None]) -> None:
-        """`pythons` are the interpreters that each peer is installed in; a peer without one is left out."""
+    def __init__(
+        self, pythons: dict[str, str], rounds: int, steps: int, dtype: torch.dtype, say: Callable[[str], None]
+    ) -> None:
+        """`pythons` are the interpreters that each peer is installed in; a peer without one is left out.
+
+        Models that are made for the purpose are kept in `dtype`.
+        """
+        self._dtype = dtype
         self._pythons = pythons
         self._rounds = rounds
         self._steps = steps
@@ -129,11 +154,15 @@ class Bench:
     def _record(self, row: Row, workload: Workload, found: dict[str, Measured]) -> dict[str, Any]:
         ours, size = found["tandem"], ModelSize.of(workload.model)
         ceilings = self._ceilings_of(size, workload)
+        shares: dict[str, float] = {}
         if row.kind == STEP:
-            flops = joint_step_flops(size, workload)
-            floor = flops / ceilings.flops
+            flops: float | None = joint_step_flops(size, workload)
+            floor = joint_step_flops(size, workload) / ceilings.flops
+            learning = learning_flops(size, workload) / ceilings.flops
+            shares["share_of_limit_in_update"] = learning / statistics.median(ours.phases["update"])
         else:
             flops, floor = None, decoding_floor(size, workload, ceilings)
+        shares["share_of_limit"] = floor / ours.seconds
         return {
             "kind": row.kind,
             "workload": json.loads(row.workload.to_json()),
@@ -142,7 +171,7 @@ class Bench:
             "gigaflops_per_second_at_most": ceilings.flops / 1e9,
             "gigabytes_per_second_at_most": ceilings.bandwidth / 1e9,
             "seconds_at_the_limit": floor,
-            "tandem": self._side(ours) | {"share_of_limit": floor / ours.seconds},
+            "tandem": self._side(ours) | shares,
             "peers": {
                 name: self._side(other) | {"ratios": ratios(other, ours)}
                 for name, other in found.items()
@@ -171,12 +200,14 @@ class Bench:
         folder = Path(self._folder.name) / name
         if name not in SHAPES:
             return Path(name)
-        return folder if folder.exists() else make_shape(folder, SHAPES[name])
+        return folder if folder.exists() else make_shape(folder, SHAPES[name], self._dtype)
 
     def _reward_model(self, workload: Workload) -> Path:
         adapters = AdapterSection(upper_layers=workload.upper_layers) if workload.sharing == "adapters" else None
         folder = Path(self._folder.name) / f"reward-{Path(workload.model).name}-{workload.sharing}"
-        return folder if folder.exists() else make_reward_model(workload.model, folder, adapters)
+        if not folder.exists():
+            make_reward_model(workload.model, folder, adapters, self._dtype)
+        return folder
 
     def _command(self, kind: str, side: str, workload: Workload) -> list[str]:
         steps = str(self._steps)

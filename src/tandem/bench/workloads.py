@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 Precision = Literal["float32", "bfloat16"]
+Sharing = Literal["separate", "adapters"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Workload:
     response_tokens: int
     precision: Precision
     epochs: int = 1
-    sharing: Literal["separate", "adapters"] = "separate"
+    sharing: Sharing = "separate"
     upper_layers: int | None = None
     tokens_per_microbatch: int = 2048
     device: str = "cpu"
