@@ -100,8 +100,8 @@ def gpu_rows(device: str) -> list[Row]:
     def of(model: str, sizes: tuple[int, int, int], budget: int, layers: int | None = None) -> Workload:
         name = model if layers is None else f"{model}, one trunk, adapters on {layers} layers"
         sharing: Sharing = "separate" if layers is None else "adapters"
-        more = {"sharing": sharing, "upper_layers": layers, "tokens_per_microbatch": budget, "device": device}
-        return Workload(name, model, *sizes, "bfloat16", **more)
+        four = Workload(name, model, *sizes, "bfloat16", tokens_per_microbatch=budget, device=device)
+        return replace(four, sharing=sharing, upper_layers=layers)
 
     sizes = (64, 128, 256)
     steps = [of("qwen-0.5b", sizes, 16_384), of("qwen-1.5b", sizes, 16_384), of("qwen-7b", sizes, 8_192, layers=8)]
