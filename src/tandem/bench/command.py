@@ -63,16 +63,23 @@ def run_bench(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
             found = bench.run(row)
             record["rows"] = [other for other in record["rows"] if not same_work(other, found)] + [found]
             progress.say(line(found))
+            write(record, settings.out)
     if settings.growth:
         record["growth"] = measure_growth(threads, settings.steps, progress.say)
-    if settings.out is not None:
-        with writing(settings.out):
-            settings.out.mkdir(parents=True, exist_ok=True)
-            write_json(record, settings.out / "performance.json")
-            write_whole(settings.out / "performance.md", page(record))
-            if settings.growth:
-                plot(record["growth"], settings.out / "performance-growth.png")
+        write(record, settings.out)
     return record
+
+
+def write(record: Mapping[str, Any], out: Path | None) -> None:
+    """The record, the page made of it and the growth's plot; after every row, since a row can take minutes."""
+    if out is None:
+        return
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(record, out / "performance.json")
+        write_whole(out / "performance.md", page(record))
+        if record.get("growth"):
+            plot(record["growth"], out / "performance-growth.png")
 
 
 def earlier(out: Path | None, here: dict[str, Any]) -> dict[str, Any]:
