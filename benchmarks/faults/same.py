@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 from tandem.run.folder import read_metrics
 
-_CLOCKED = ("time/", "throughput/", "seconds", "peak_memory_gib")
+_CLOCKED = (
+    "time/",
+    "throughput/",
+    "memory/",
+    "seconds",
+    "peak_memory_gib",
+    "health/memory_grows",
+    "health/throughput_falls",
+)
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -5,7 +5,8 @@ A configuration is frozen. Names carry their unit; a field's description is what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -478,6 +479,18 @@ def _is_web_address(url: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+
+
+def term_names(sources: Sequence[RewardSource]) -> list[str]:
+    """What metrics call the rewards: reward_model, remote or the function's name; a second of a name gets a number."""
+    seen: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        of_others = "remote" if source.model is None else "reward_model"
+        name = of_others if source.function is None else source.function.rpartition(":")[2]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names
 
 
 class SharingSection(Section):

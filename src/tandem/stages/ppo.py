@@ -21,7 +21,7 @@ from tandem.run.clock import Clock
 from tandem.run.disk import writing
 from tandem.run.faults import diagnosis
 from tandem.run.lock import claimed
-from tandem.run.machine import machine_record
+from tandem.run.machine import machine_record, memory_in_use
 from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
 from tandem.run.start import start_of
@@ -169,7 +169,7 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
         run.progress.warn(f"step {number} is skipped: {fault}; what it worked on is kept in faults/.")
         if after.faults.in_a_row >= config.run.max_faults_in_a_row:
             raise diagnosis(fault, after.faults, number) from None
-    metrics = metrics | after.faults.metrics()
+    metrics = metrics | after.faults.metrics() | memory_in_use(stage.placement.device)
     return after, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in sampled))
 
 
