@@ -509,6 +509,46 @@ class SharingSection(Section):
     )
 
 
+RuleName = Literal[
+    "not_finite",
+    "memory_grows",
+    "throughput_falls",
+    "critic_worse_than_baseline",
+    "critic_dead",
+    "value_start_biased",
+    "critic_lags",
+    "return_scale_drifts",
+    "signal_decays",
+    "kl_does_not_bite",
+    "kl_reads_zero",
+    "kl_negative",
+    "updates_too_large",
+    "gradient_conflict",
+    "no_signal",
+    "learning_rate_too_small",
+    "kl_too_strong",
+    "entropy_collapse",
+    "repetition",
+    "length_collapse",
+    "length_runaway",
+    "no_end",
+    "reward_hacking",
+    "generator_mismatch",
+    "stale_rollouts",
+]
+
+
+class HealthSection(Section):
+    """What is done where the metrics say that something is wrong (docs/diagnosis)."""
+
+    act: Literal["warn", "stop", "lower_lr"] = Field(
+        "warn",
+        description="warn: say what is wrong. stop: end the run too, for what training does. lower_lr: halve the "
+        "policy's learning rate too, each time that helps against what begins",
+    )
+    silence: list[RuleName] = Field([], description="rules that are left out")
+
+
 class PpoConfig(Section):
     """The joint stage: policy and value model trained together under a reward."""
 
@@ -532,6 +572,7 @@ class PpoConfig(Section):
     adapters: AdapterSection | None = Field(
         None, description="settings of the adapters, where sharing.mode is adapters"
     )
+    health: HealthSection = HealthSection()
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()

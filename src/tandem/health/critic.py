@@ -191,6 +191,7 @@ RULES = (
         "docs/results/oracles.md: the value model's update frequency decides; Xiao and Zhu 2025, chapter 4",
         PAGE,
         holds=3,
+        lower_rate_helps=True,
     ),
     Rule(
         "return_scale_drifts",

@@ -83,6 +83,7 @@ RULES = (
         hold_nearer,
         "Gao et al. 2023 on over-optimisation; docs/book.md on a penalty without a gradient",
         PAGE,
+        lower_rate_helps=True,
     ),
     Rule(
         "kl_reads_zero",

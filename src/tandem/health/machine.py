@@ -14,6 +14,7 @@ from tandem.health.rule import Rule
 PAGE = "docs/diagnosis/machine.md"
 SKIPPED = "fault/skipped"
 MEMORY, THROUGHPUT = ("memory/process_gib", "memory/device_gib"), "throughput/tokens_per_second"
+LENGTH = "rollout/length"
 PHASES = ("time/rollout", "time/score", "time/evaluate", "time/update")
 OF_LEARNING = ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm", "objective/kl", "objective/score")
 
@@ -50,7 +51,8 @@ def throughput_falls(history: History, _config: PpoConfig) -> str | None:
     if history.count(THROUGHPUT) < at.EARLY + at.THROUGHPUT_WINDOW:
         return None
     before, now = then_and_now(history, THROUGHPUT)
-    if now > at.THROUGHPUT_LEFT * before:
+    shorter = history.count(LENGTH) > 0 and history.latest(LENGTH) < 0.5 * median(history.early(LENGTH, at.EARLY))
+    if shorter or now > at.THROUGHPUT_LEFT * before:
         return None
     return f"{now:.3g} tokens a second where the first steps had {before:.3g}{slowest_phase(history)}."
 
@@ -97,7 +99,8 @@ RULES = (
     Rule(
         "throughput_falls",
         "the throughput falls",
-        f"median tokens a second of {at.THROUGHPUT_WINDOW} steps under {at.THROUGHPUT_LEFT:g} of the first ones'",
+        f"median tokens a second of {at.THROUGHPUT_WINDOW} steps under {at.THROUGHPUT_LEFT:g} of the first "
+        f"{at.EARLY}'s, while responses are not half as long",
         (THROUGHPUT,),
         throughput_falls,
         times("save_rollouts_every", 10),

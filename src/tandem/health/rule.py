@@ -20,7 +20,8 @@ class Rule:
     `judge` looks at the metrics up to the latest step and says, with the numbers, what it sees of the signature; None
     where it sees none. `needs` are the metrics without which it cannot be judged; a row without one of them is passed
     over. A finding begins once the signature has held in `holds` judged rows in a row, and ends once it has not in a
-    window of them. `remedy` is a line of a recipe, fit for the recipe of the run.
+    window of them. `remedy` is a line of a recipe, fit for the recipe of the run. `lower_rate_helps` tells whether a
+    lower learning rate of the policy acts against it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Rule:
     page: str
     holds: int = 2
     about: About = "training"
+    lower_rate_helps: bool = False
 
     def missing(self, history: History) -> list[str]:
         """The metrics that it needs and that never came."""

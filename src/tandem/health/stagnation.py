@@ -48,7 +48,7 @@ def stands_still(history: History, _config: PpoConfig) -> str | None:
     if len(recent) < at.WINDOW or rate_is_low_by_schedule(history):
         return None
     distance = max(map(abs, history.recent(KL, at.WINDOW)))
-    if fmean(recent) > at.STILL_APPROX_KL or distance > at.STILL_KL:
+    if max(history.all(APPROX_KL)) > at.STILL_APPROX_KL or distance > at.STILL_KL:
         return None
     rate = f" at the learning rate {history.latest('policy/lr'):.2g}" if history.holds("policy/lr") else ""
     return (
@@ -99,8 +99,8 @@ RULES = (
     Rule(
         "learning_rate_too_small",
         "the policy stands still",
-        f"updates under {at.STILL_APPROX_KL:g} nats a token for {at.WINDOW} steps at the schedule's height, and the "
-        f"policy within {at.STILL_KL:g} nats a sequence of its start",
+        f"no update over {at.STILL_APPROX_KL:g} nats a token in {at.WINDOW} steps or more at the schedule's height, "
+        f"and the policy within {at.STILL_KL:g} nats a sequence of its start",
         (APPROX_KL, KL),
         stands_still,
         times("policy.lr", 10.0),

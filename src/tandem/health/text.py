@@ -103,6 +103,7 @@ RULES = (
         more_variety,
         "Cui et al. 2025 on the entropy mechanism; Yu et al. 2025 (DAPO)",
         PAGE,
+        lower_rate_helps=True,
     ),
     Rule(
         "repetition",

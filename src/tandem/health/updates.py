@@ -57,6 +57,7 @@ RULES = (
         smaller_updates,
         "Schulman et al. 2017; Huang et al. 2024 on the approximate KL of healthy runs",
         PAGE,
+        lower_rate_helps=True,
     ),
     Rule(
         "gradient_conflict",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,10 +47,9 @@ class Watch:
     """Judges every row as it comes, by nothing but the rows so far, so that a run that goes on can be told again from
     its metrics.jsonl and stands where it stood."""
 
-    def __init__(self, config: PpoConfig, silence: Collection[str] = ()) -> None:
-        """`silence` names rules that are left out."""
+    def __init__(self, config: PpoConfig) -> None:
         self._config = config
-        self._rules = [rule for rule in RULES if rule.name not in silence]
+        self._rules = [rule for rule in RULES if rule.name not in config.health.silence]
         self._standing = {rule.name: _Standing() for rule in self._rules}
         self._over: list[Finding] = []
         self.history = History()
@@ -94,6 +93,10 @@ class Watch:
         """All that was or is wrong, by the step that it began with."""
         return sorted([*self._over, *self.active], key=lambda finding: (finding.first_step, NAMES.index(finding.rule)))
 
+    def lowers_rate(self, finding: Finding) -> bool:
+        """Whether a lower learning rate of the policy acts against it."""
+        return next(rule.lower_rate_helps for rule in self._rules if rule.name == finding.rule)
+
     def flags(self) -> dict[str, float]:
         """For the row of metrics: 1 for each rule with an open finding."""
         return {f"health/{finding.rule}": 1.0 for finding in self.active}
@@ -118,9 +121,9 @@ class Watch:
         )
 
 
-def watched(rows: Iterable[Mapping[str, Any]], config: PpoConfig, silence: Collection[str] = ()) -> Watch:
+def watched(rows: Iterable[Mapping[str, Any]], config: PpoConfig) -> Watch:
     """A watch that has seen these rows, each with its `step`."""
-    watch = Watch(config, silence)
+    watch = Watch(config)
     for row in rows:
         watch.observe(int(row["step"]), row)
     return watch

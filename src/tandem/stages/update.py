@@ -69,6 +69,10 @@ class Engine(Protocol):
         """Set it to its peak, where no schedule runs."""
         ...
 
+    def set_share(self, share: float) -> None:
+        """Let it be this share of what the schedule says from the next update on."""
+        ...
+
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Add the loss's gradient to what the next step will use."""
         ...
