@@ -77,7 +77,11 @@ HEALTHY = [
 FAULTS = [
     # The value model.
     Case("value learning rate far too high", Table("counter", {"value.lr": 5.0}), ("critic_worse_than_baseline",)),
-    Case("value learning rate far too high", Story(("--value.lr=0.02",)), ("critic_worse_than_baseline",)),
+    Case(
+        "value head's rate far too high, on the policy's trunk",
+        Story((*HEAD, "--value.head_lr=0.05")),
+        ("critic_worse_than_baseline",),
+    ),
     Case("value model does not learn", Table("tree", {"value.lr": 1e-9}), ("critic_dead",)),
     Case("value model does not learn", Story(("--value.lr=1e-9",)), ("critic_dead",)),
     Case("values start at 3", Table("counter", value_start=3.0), ("value_start_biased",)),

@@ -1,7 +1,4 @@
-"""Healthy and faulty joint runs of the story model, each a run of the joint stage in a process of its own.
-
-usage: python -m calibration.stories PLACE NAME SEED MODEL SOURCE FOLDER
-"""
+"""Healthy and faulty joint runs of the story model: real runs of the joint stage."""
 
 from __future__ import annotations
 
@@ -14,13 +11,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from calibration.cases import FAULTS, HEALTHY, Patch, Story
+from calibration.cases import Patch, Story
 from tandem.config import PpoConfig
 from tandem.errors import RunError
 from tandem.recipe import load_config
 from tandem.rollout import TorchGenerator
 from tandem.run import Progress
-from tandem.types import Prompt, Rollout
+from tandem.stages import joint_setup
+from tandem.stages.ppo import run_ppo
+from tandem.types import Prompt, Rollout, pad_tokens
 
 STEPS = 40
 STALE_STEPS = 4
@@ -76,8 +75,6 @@ class PatchedGenerator(TorchGenerator):
     @torch.no_grad()
     def _as_the_policys(self, rollout: Rollout) -> Rollout:
         """The response, said to have had the log-probabilities of the policy as it is."""
-        from tandem.types import pad_tokens
-
         tokens = pad_tokens([rollout.prompt.ids], [rollout.ids])
         return replace(rollout, logprobs=tuple(self._policy.logprobs(self._policy.prepare(tokens, 4096))[0].tolist()))
 
@@ -88,23 +85,15 @@ def noised(rollout: Rollout) -> tuple[float, ...]:
     return tuple((torch.tensor(rollout.logprobs) + 0.1 * torch.randn(len(rollout.ids), generator=random)).tolist())
 
 
-def main(place: str, name: str, seed: int, model: Path, source: Path, folder: Path) -> None:
-    cases = FAULTS if place == "faults" else HEALTHY
-    story = next(case.run for case in cases if case.name == name and isinstance(case.run, Story))
+def run_story(story: Story, seed: int, model: Path, source: Path, folder: Path, fault: bool) -> None:
+    """A run of the joint stage in its folder; one that ends in an error has left its metrics there."""
+    torch.set_num_threads(1)
     prompts = write_prompts(source, folder.parent / f"{'late' if story.late else 'early'}.jsonl", late=story.late)
-    config = load_config(PpoConfig, RECIPE, words_of(story, seed, model, prompts, folder, fault=place == "faults"))
+    config = load_config(PpoConfig, RECIPE, words_of(story, seed, model, prompts, folder, fault=fault))
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval_prompts": None})})
-    from tandem.stages import joint_setup
-    from tandem.stages.ppo import run_ppo
-
     PatchedGenerator.patch = story.patch
     joint_setup.TorchGenerator = PatchedGenerator
-    torch.set_num_threads(1)
     try:
         run_ppo(config, Progress(Console(quiet=True)))
     except RunError as error:
         print(error, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *(Path(word) for word in sys.argv[4:7]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in _STAGES.items():
         _add_stage(commands, name, kind)
     _add_generate(commands)
+    _add_diagnose(commands)
     return parser
 
 
@@ -231,6 +233,32 @@ def _lines_of_input() -> list[str]:
             f"standard input is not UTF-8 text (it holds the byte {error.object[error.start]:#x}); give prompts as "
             "UTF-8, one a line."
         ) from None
+
+
+def _add_diagnose(commands: Any) -> None:
+    command = commands.add_parser(
+        "diagnose",
+        help="What is wrong with a run, why, and which line of its recipe to change",
+        description="Judge a joint run by its metrics, while it goes or afterwards; or one of TRL, OpenRLHF or verl by "
+        "its TensorBoard folder or a CSV, JSON or JSON lines export. Finding something is not failing: the exit status "
+        "is 0.",
+        allow_abbrev=False,
+    )
+    command.add_argument("path", metavar="RUN", type=Path, help="folder of a run, or a file of metrics")
+    command.add_argument("--json", action="store_true", help="for scripts: one JSON object")
+    command.set_defaults(run=_run_diagnose)
+
+
+def _run_diagnose(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    from tandem.health import watched
+    from tandem.health.imports import read_run
+    from tandem.health.words import record, report
+
+    found = read_run(known.path)
+    watch = watched(found.rows, found.config)
+    print(json.dumps(record(found, watch), indent=2) if known.json else report(str(known.path), found, watch))
+    return DONE
 
 
 def _add_demo(commands: Any) -> None:

@@ -52,7 +52,7 @@ def throughput_falls(history: History, _config: PpoConfig) -> str | None:
         return None
     before, now = then_and_now(history, THROUGHPUT)
     shorter = history.count(LENGTH) > 0 and history.latest(LENGTH) < 0.5 * median(history.early(LENGTH, at.EARLY))
-    if shorter or now > at.THROUGHPUT_LEFT * before:
+    if shorter or before <= 0 or now > at.THROUGHPUT_LEFT * before:
         return None
     return f"{now:.3g} tokens a second where the first steps had {before:.3g}{slowest_phase(history)}."
 

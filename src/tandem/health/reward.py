@@ -19,7 +19,7 @@ def hacked(history: History, config: PpoConfig) -> str | None:
     early = history.early(SCORE, at.EARLY)
     spread = fmean(history.early("objective/score_std", at.EARLY) or [abs(fmean(early))])
     gained = fmean(history.recent(SCORE, 2)) - fmean(early)
-    if history.count(SCORE) <= at.EARLY or gained < at.GAINED * spread:
+    if history.count(SCORE) <= at.EARLY or spread <= 0 or gained < at.GAINED * spread:
         return None
     return next(
         (

@@ -43,14 +43,14 @@ def repeats_itself(history: History, _config: PpoConfig) -> str | None:
 
 def shrinks(history: History, _config: PpoConfig) -> str | None:
     before, now = first_and_latest(history, LENGTH)
-    if now > at.SHRUNK * before:
+    if before <= 0 or now > at.SHRUNK * before:
         return None
     return f"responses fell from {before:.3g} to {now:.3g} tokens, {now / before:.0%} of what they were."
 
 
 def grows(history: History, _config: PpoConfig) -> str | None:
     before, now = first_and_latest(history, LENGTH)
-    if now < at.GROWN * before:
+    if before <= 0 or now < at.GROWN * before:
         return None
     return f"responses grew from {before:.3g} to {now:.3g} tokens, {now / before:.1f} times what they were."
 

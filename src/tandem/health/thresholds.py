@@ -104,8 +104,6 @@ FLUENCY_FELL = 0.7
 MISMATCH = 0.05
 """Mean gap between the generator's log-probabilities and the trainer's, nats a token."""
 
-PROBABILITY_MISMATCH = 0.01
-"""The same gap in probabilities, where a trainer logs that."""
 
 STALE = 4.0
 """Growth of the gap since the first step that tells old weights from other arithmetic."""

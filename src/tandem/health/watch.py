@@ -36,10 +36,12 @@ class Change:
 
 @dataclass
 class _Standing:
-    """How a rule stands: judged rows in a row that spoke for a change, since which step, and its open finding."""
+    """How a rule stands: judged rows in a row that spoke for a change, since which step; the latest step at which its
+    signature held; and its open finding."""
 
     count: int = 0
     since: int = 0
+    held: int = 0
     finding: Finding | None = None
 
 
@@ -65,6 +67,7 @@ class Watch:
             if not rule.judgeable(self.history):
                 continue
             seen = rule.judge(self.history, self._config)
+            standing.held = standing.held if seen is None else step
             if (seen is None) == (standing.finding is None):
                 standing.count = 0
                 continue
@@ -77,7 +80,7 @@ class Watch:
                 standing.finding = self._finding(rule, standing.since, step, seen)
                 began.append(standing.finding)
             elif standing.finding is not None:
-                over = replace(standing.finding, last_step=standing.since, active=False)
+                over = replace(standing.finding, last_step=standing.held, active=False)
                 standing.finding = None
                 self._over.append(over)
                 ended.append(over)

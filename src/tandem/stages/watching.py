@@ -20,7 +20,7 @@ def tell(change: Change, watch: Watch, config: PpoConfig, progress: Progress) ->
                 f"health.act: the policy's learning rate is {rate_share(watch, config):.3g} of its schedule's."
             )
     for finding in change.ended:
-        progress.say(f"step {watch.history.steps[-1]}: over since step {finding.last_step}: {finding.title}.")
+        progress.say(f"step {watch.history.steps[-1]}: over after step {finding.last_step}: {finding.title}.")
 
 
 def in_a_line(finding: Finding) -> str:
