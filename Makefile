@@ -8,7 +8,7 @@ DEMO_MODEL ?= $(HOME)/.cache/tandem/SmolLM2-135M-Instruct
 CASES ?= 2000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz test lint format examples clean
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -31,6 +31,9 @@ ablation-stories: .venv/ready ## options of the joint stage on a story model: do
 
 ablation-demo: .venv/ready ## the same on the demo's task, after make demo-seeds: docs/results/ablation-demo.md
 	PYTHONPATH=benchmarks $(BIN)/python -m ablation demo $(DEMO_MODEL) $(wildcard runs/demo-seed-*)
+
+calibrate: .venv/ready ## faults on purpose and healthy runs, judged: docs/diagnosis/calibration.md (an hour; goes on where it was ended)
+	PYTHONPATH=benchmarks $(BIN)/python -m calibration $(STORY_MODEL) $(STORIES)
 
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults

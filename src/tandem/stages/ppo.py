@@ -206,6 +206,8 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
     stage, state, config = run.stage, standing.state, run.config
     best_step = back_to_best(run) if run.folder.keeper.out_of_patience else None
     interrupted = not state.finished and best_step is None and not run.unwell
+    if run.unwell:
+        run.progress.say(f'health.act = "stop": the run ends after step {state.step}, its models saved as they are.')
     heldout_after: dict[str, float] = {}
     if interrupted:
         run.progress.warn(
