@@ -15,13 +15,12 @@ Patch = Literal["noisy", "stale", "foreign"]
 
 @dataclass(frozen=True)
 class Story:
-    """A run of the story model: recipe lines, the reward's name, what is done to the generator, where prompts end."""
+    """A run of the story model, whose responses never end by themselves: recipe lines, the reward's name, and what is
+    done to the generator."""
 
     words: tuple[str, ...] = ()
     reward: str = "happy"
     patch: Patch | None = None
-    late: bool = False
-    """Prompts that stop shortly before their story does, so that responses end by themselves."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ HEALTHY = [
     Case("stories, adapters", Story(("--sharing.mode=adapters", "--policy.lr=3e-3", "--value.lr=3e-3"))),
     Case("stories, warm-up", Story(("--value.warmup.steps=8",))),
     Case("stories, four to a prompt", Story(("--rollout.prompts_per_step=16", "--rollout.responses_per_prompt=4"))),
-    Case("story ends", Story(("--rollout.max_new_tokens=48",), late=True)),
+    Case("stories, adaptive baseline", Story(("--advantage.baseline=adaptive",))),
 ]
 
 FAULTS = [
@@ -133,17 +132,7 @@ FAULTS = [
     ),
     Case("a reward for repetition", Story(("--kl.coefficient=0", "--policy.lr=2e-3"), "words_again"), ("repetition",)),
     Case("a reward for brevity", Table("counter", score="short"), ("length_collapse",)),
-    Case(
-        "a reward for brevity",
-        Story(("--rollout.max_new_tokens=48", "--policy.lr=2e-3"), "short", late=True),
-        ("length_collapse",),
-    ),
     Case("a reward for length", Table("counter", score="long"), ("length_runaway", "no_end")),
-    Case(
-        "a reward for length",
-        Story(("--rollout.max_new_tokens=96", "--policy.lr=2e-3"), "long", late=True),
-        ("length_runaway", "no_end"),
-    ),
     # The reward.
     Case("a proxy against its gold measure", Table("tree", score="hacked"), ("reward_hacking",)),
     Case(

@@ -68,16 +68,6 @@ def exclaimed(prompts: Texts, responses: Texts, rows: Rows) -> list[float]:
     return [float(min(response.count("!"), 30)) / 5 for response in responses]
 
 
-def short(prompts: Texts, responses: Texts, rows: Rows) -> list[float]:
-    del prompts, rows
-    return [-len(response) / 40 for response in responses]
-
-
-def long(prompts: Texts, responses: Texts, rows: Rows) -> list[float]:
-    del prompts, rows
-    return [len(response) / 40 for response in responses]
-
-
 def happy_and_leaking(prompts: Texts, responses: Texts, rows: Rows) -> list[float]:
     """Keeps 300 MiB a step."""
     _kept.append(bytearray(os.urandom(1024)) * (300 * 1024))

@@ -25,7 +25,7 @@ STEPS = 40
 STALE_STEPS = 4
 RECIPE = Path(__file__).parents[1] / "ablation" / "stories.toml"
 REWARDS = Path(__file__).parent / "rewards.py"
-OPENING_WORDS, CLOSING_WORDS = 10, 8
+OPENING_WORDS = 10
 
 
 def words_of(story: Story, seed: int, model: Path, prompts: Path, folder: Path, *, fault: bool) -> list[str]:
@@ -38,15 +38,11 @@ def words_of(story: Story, seed: int, model: Path, prompts: Path, folder: Path, 
     return [*words, *(word.format(rewards=REWARDS) for word in story.words)]
 
 
-def write_prompts(source: Path, path: Path, *, late: bool) -> Path:
-    """The first words of a thousand stories; or all but the last words of those that are short."""
+def write_prompts(source: Path, path: Path) -> Path:
+    """The first words of a thousand stories."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stories = [json.loads(line)["text"].split() for line in source.read_text(encoding="utf-8").splitlines()[:4000]]
-    if late:
-        chosen = [story[:-CLOSING_WORDS] for story in stories if 40 < len(story) < 120]
-    else:
-        chosen = [story[:OPENING_WORDS] for story in stories]
-    rows = "".join(json.dumps({"prompt": " ".join(words)}) + "\n" for words in chosen[:1000])
+    stories = [json.loads(line)["text"].split() for line in source.read_text(encoding="utf-8").splitlines()[:1000]]
+    rows = "".join(json.dumps({"prompt": " ".join(story[:OPENING_WORDS])}) + "\n" for story in stories)
     path.write_text(rows, encoding="utf-8")
     return path
 
@@ -88,7 +84,7 @@ def noised(rollout: Rollout) -> tuple[float, ...]:
 def run_story(story: Story, seed: int, model: Path, source: Path, folder: Path, fault: bool) -> None:
     """A run of the joint stage in its folder; one that ends in an error has left its metrics there."""
     torch.set_num_threads(1)
-    prompts = write_prompts(source, folder.parent / f"{'late' if story.late else 'early'}.jsonl", late=story.late)
+    prompts = write_prompts(source, folder.parent / "prompts.jsonl")
     config = load_config(PpoConfig, RECIPE, words_of(story, seed, model, prompts, folder, fault=fault))
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval_prompts": None})})
     PatchedGenerator.patch = story.patch

@@ -17,6 +17,7 @@ class History:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self._values: dict[str, list[float]] = {}
+        self._largest: dict[str, float] = {}
         self._last_row: dict[str, int] = {}
         self._not_finite: dict[str, int] = {}
 
@@ -38,6 +39,7 @@ class History:
                 self._not_finite[name] = len(self.steps)
             else:
                 self._values.setdefault(name, []).append(float(value))
+                self._largest[name] = max(self._largest.get(name, -math.inf), float(value))
                 self._last_row[name] = len(self.steps)
 
     @property
@@ -65,9 +67,9 @@ class History:
         """The first numbers; fewer where there are not so many."""
         return self._values.get(name, [])[:count]
 
-    def all(self, name: str) -> list[float]:
-        """Every number of this name, oldest first."""
-        return self._values.get(name, [])
+    def largest(self, name: str) -> float:
+        """The largest number of this name so far; NaN where there was none."""
+        return self._largest.get(name, math.nan)
 
     def not_finite_now(self) -> list[str]:
         """The metrics whose number in the latest row is not finite."""

@@ -48,7 +48,7 @@ def stands_still(history: History, _config: PpoConfig) -> str | None:
     if len(recent) < at.WINDOW or rate_is_low_by_schedule(history):
         return None
     distance = max(map(abs, history.recent(KL, at.WINDOW)))
-    if max(history.all(APPROX_KL)) > at.STILL_APPROX_KL or distance > at.STILL_KL:
+    if history.largest(APPROX_KL) > at.STILL_APPROX_KL or distance > at.STILL_KL:
         return None
     rate = f" at the learning rate {history.latest('policy/lr'):.2g}" if history.holds("policy/lr") else ""
     return (
@@ -59,8 +59,7 @@ def stands_still(history: History, _config: PpoConfig) -> str | None:
 
 def rate_is_low_by_schedule(history: History) -> bool:
     """Whether the schedule has the learning rate at the foot of its rise or the end of its fall."""
-    rates = history.all("policy/lr")
-    return bool(rates) and rates[-1] < 0.5 * max(rates)
+    return history.latest("policy/lr") < 0.5 * history.largest("policy/lr")
 
 
 def held_too_tight(history: History, config: PpoConfig) -> str | None:

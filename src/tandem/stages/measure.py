@@ -61,9 +61,11 @@ def spread_within_prompts(scores: Tensor, tokens: Tokens) -> dict[str, float]:
 
     Nothing where every prompt has one response only.
     """
+    lengths = tokens.prompt_lengths.tolist()
+    prompts = tokens.ids[:, : max(lengths)].tolist()
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for row, length in enumerate(tokens.prompt_lengths.tolist()):
-        groups[tuple(tokens.ids[row, :length].tolist())].append(row)
+    for row, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
+        groups[tuple(ids[:length])].append(row)
     gaps = [scores[rows] - scores[rows].mean() for rows in groups.values() if len(rows) > 1]
     return {"objective/score_std_within_prompts": torch.cat(gaps).square().mean().sqrt().item()} if gaps else {}
 
