@@ -230,6 +230,7 @@ def test_a_run_says_logs_and_sums_up_what_is_wrong(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("all responses earn the same") == 1
     assert "unwell: " in said
+    assert f"tandem diagnose {run}" in said
     rows = read_metrics(run)
     assert [row.get("health/no_signal") for row in rows] == [None] * 4 + [1.0] * 4
     summary = json.loads((run / "summary.json").read_text())

@@ -108,6 +108,9 @@ def _run_stage(name: str, words: Sequence[str]) -> int:
     config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
     summary = _with_progress(lambda progress: _within_memory(name, config, progress, resume=run is not None))
     print(f"{directory}: {_result(summary)}")
+    if summary.get("health"):
+        names = ", ".join(dict.fromkeys(finding["rule"] for finding in summary["health"]))
+        print(f"{directory}: not all was well ({names}); see: tandem diagnose {directory}")
     return INTERRUPTED if summary["interrupted"] else DONE
 
 

@@ -8,7 +8,7 @@ from statistics import median
 from tandem.config import PpoConfig
 from tandem.health import thresholds as at
 from tandem.health.history import History
-from tandem.health.remedies import line, times
+from tandem.health.remedies import line
 from tandem.health.rule import Rule
 
 PAGE = "docs/diagnosis/machine.md"
@@ -58,13 +58,36 @@ def throughput_falls(history: History, _config: PpoConfig) -> str | None:
 
 
 def slowest_phase(history: History) -> str:
-    """The part of a step that takes longer than it did, where parts are measured."""
+    """The part of a step that has grown most in time, in words, where parts are measured."""
+    grown = growth_of_phases(history)
+    name = max(grown, key=lambda one: grown[one], default="")
+    return f"; {name} takes {grown[name]:.1f} times as long" if name else ""
+
+
+def growth_of_phases(history: History) -> dict[str, float]:
+    """How many times as long each part of a step takes as in the first steps."""
     measured = {name: then_and_now(history, name) for name in PHASES if history.count(name) > at.THROUGHPUT_WINDOW}
-    grown = {name: now / before for name, (before, now) in measured.items() if before > 0}
-    if not grown:
-        return ""
-    name = max(grown, key=lambda one: grown[one])
-    return f"; {name} takes {grown[name]:.1f} times as long"
+    return {name: now / before for name, (before, now) in measured.items() if before > 0}
+
+
+def more_at_once(history: History, config: PpoConfig) -> str:
+    """More work at a time in the part that has become slow, where a setting says how much."""
+    grown = growth_of_phases(history)
+    phase = max(grown, key=lambda one: grown[one], default="")
+    served = [place for place, source in enumerate(config.rewards) if source.url is not None]
+    if phase == "time/rollout":
+        return line("rollout.sequences_per_batch", config.rollout.sequences_per_batch * 2)
+    if phase == "time/score" and served:
+        source = config.rewards[served[0]]
+        return line(f"rewards.{served[0]}.requests_at_once", source.requests_at_once * 2)
+    if phase in ("time/evaluate", "time/update"):
+        return line("compute.tokens_per_microbatch", config.compute.tokens_per_microbatch * 2)
+    return line("save_rollouts_every", config.save_rollouts_every * 10)
+
+
+def room_in_memory(_history: History, config: PpoConfig) -> str:
+    """Smaller micro-batches: room until what grows is found."""
+    return line("compute.tokens_per_microbatch", max(1, config.compute.tokens_per_microbatch // 2))
 
 
 def then_and_now(history: History, name: str) -> tuple[float, float]:
@@ -91,7 +114,7 @@ RULES = (
         f"each of {at.MEMORY_WINDOW} steps",
         (MEMORY[0],),
         memory_grows,
-        times("save_rollouts_every", 10),
+        room_in_memory,
         "reasoning: a step needs no more memory than the one before",
         PAGE,
         about="machine",
@@ -103,7 +126,7 @@ RULES = (
         f"{at.EARLY}'s, while responses are not half as long",
         (THROUGHPUT,),
         throughput_falls,
-        times("save_rollouts_every", 10),
+        more_at_once,
         "reasoning: a step takes no longer than the one before, token for token",
         PAGE,
         about="machine",

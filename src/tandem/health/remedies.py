@@ -15,7 +15,8 @@ def line(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"{name} = {str(value).lower()}"
     if isinstance(value, float):
-        return f"{name} = {value:.2g}" if "e" in f"{value:.2g}" or "." in f"{value:.2g}" else f"{name} = {value:.1f}"
+        short = f"{value:.2g}"
+        return f"{name} = {short}" if "e" in short or "." in short else f"{name} = {value:.1f}"
     return f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"
 
 
@@ -35,22 +36,16 @@ def times(name: str, factor: float) -> Remedy:
     return lambda _history, config: line(name, setting(config, name) * factor)
 
 
-def fixed(name: str, value: Any) -> Remedy:
-    return lambda _history, _config: line(name, value)
-
-
 def hold_nearer(_history: History, config: PpoConfig) -> str:
-    """A dearer KL; or a nearer target, where one sets the price."""
+    """A KL that has a price, and a gradient; then a dearer one, or a nearer target where one sets the price."""
     kl = config.kl
+    if kl.coefficient == 0:
+        return line("kl.coefficient", 0.05)
     if kl.placement == "loss" and kl.estimator == "k1":
-        return line("preset", "book") if config.preset == "book" and kl.coefficient == 0 else _in_reward(config)
+        return line("kl.placement", "reward")
     if kl.target is not None:
         return line("kl.target", kl.target / 3)
-    return line("kl.coefficient", kl.coefficient * 3 if kl.coefficient > 0 else 0.05)
-
-
-def _in_reward(_config: PpoConfig) -> str:
-    return line("kl.placement", "reward")
+    return line("kl.coefficient", kl.coefficient * 3)
 
 
 def smaller_updates(_history: History, config: PpoConfig) -> str:

@@ -44,6 +44,19 @@ class _Standing:
     held: int = 0
     finding: Finding | None = None
 
+    def would_change(self, held: bool, step: int, needed: int) -> bool:
+        """Count a judged row, and say whether so many in a row now speak for a beginning or an end."""
+        self.held = step if held else self.held
+        if held == (self.finding is not None):
+            self.count = 0
+            return False
+        self.count += 1
+        self.since = step if self.count == 1 else self.since
+        if self.count < needed:
+            return False
+        self.count = 0
+        return True
+
 
 class Watch:
     """Judges every row as it comes, by nothing but the rows so far, so that a run that goes on can be told again from
@@ -59,32 +72,30 @@ class Watch:
     def observe(self, step: int, row: Mapping[str, Any]) -> Change:
         """Judge a further row."""
         self.history.append(step, row)
-        began, ended = [], []
-        for rule in self._rules:
-            standing = self._standing[rule.name]
-            if standing.finding is not None:
-                standing.finding = replace(standing.finding, last_step=step)
-            if not rule.judgeable(self.history):
-                continue
-            seen = rule.judge(self.history, self._config)
-            standing.held = standing.held if seen is None else step
-            if (seen is None) == (standing.finding is None):
-                standing.count = 0
-                continue
-            standing.count += 1
-            standing.since = step if standing.count == 1 else standing.since
-            if standing.count < (rule.holds if seen is not None else max(rule.holds, at.WINDOW)):
-                continue
-            standing.count = 0
-            if seen is not None:
-                standing.finding = self._finding(rule, standing.since, step, seen)
-                began.append(standing.finding)
-            elif standing.finding is not None:
-                over = replace(standing.finding, last_step=standing.held, active=False)
-                standing.finding = None
-                self._over.append(over)
-                ended.append(over)
-        return Change(tuple(began), tuple(ended))
+        changed = [finding for rule in self._rules if (finding := self._judged(rule, step)) is not None]
+        return Change(
+            began=tuple(finding for finding in changed if finding.active),
+            ended=tuple(finding for finding in changed if not finding.active),
+        )
+
+    def _judged(self, rule: Rule, step: int) -> Finding | None:
+        """The rule's finding where it begins with this step, or, no longer active, where it ends."""
+        standing = self._standing[rule.name]
+        if standing.finding is not None:
+            standing.finding = replace(standing.finding, last_step=step)
+        if not rule.judgeable(self.history):
+            return None
+        seen = rule.judge(self.history, self._config)
+        needed = rule.holds if standing.finding is None else max(rule.holds, at.WINDOW)
+        if not standing.would_change(seen is not None, step, needed):
+            return None
+        if seen is not None:
+            standing.finding = self._finding(rule, standing.since, step, seen)
+            return standing.finding
+        assert standing.finding is not None
+        over, standing.finding = replace(standing.finding, last_step=standing.held, active=False), None
+        self._over.append(over)
+        return over
 
     @property
     def active(self) -> list[Finding]:
