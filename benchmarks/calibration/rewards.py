@@ -76,5 +76,5 @@ def happy_and_leaking(prompts: Texts, responses: Texts, rows: Rows) -> list[floa
 
 def happy_and_tiring(prompts: Texts, responses: Texts, rows: Rows) -> list[float]:
     """Sleeps longer from step to step."""
-    time.sleep(2.5 * max(0, step() - 2))
+    time.sleep(1.5 * max(0, step() - 2))
     return gold(prompts, responses, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, median
 
 from tandem.config import PpoConfig
 from tandem.health import thresholds as at
@@ -19,10 +19,10 @@ def worse_than_a_baseline(history: History, _config: PpoConfig) -> str | None:
     if history.latest("advantage/from_value", 1.0) == 0 or warming_up(history):
         return None
     recent = history.recent(EXPLAINED, at.WINDOW)
-    if len(recent) < at.WINDOW or fmean(recent) >= at.WORSE_EXPLAINED_VARIANCE or recent[-1] >= 0:
+    if len(recent) < at.WINDOW or median(recent) >= at.WORSE_EXPLAINED_VARIANCE or recent[-1] >= 0:
         return None
     return (
-        f"it explains {fmean(recent):.2f} of the variance of what was earned (mean of {at.WINDOW} steps, now "
+        f"it explains {median(recent):.2f} of the variance of what was earned (median of {at.WINDOW} steps, now "
         f"{recent[-1]:.2f}), and a constant explains 0, so the advantages carry more noise with it than without."
     )
 
@@ -152,7 +152,7 @@ RULES = (
     Rule(
         "critic_worse_than_baseline",
         "the value model is worse than no value model",
-        f"mean explained variance of {at.WINDOW} steps under {at.WORSE_EXPLAINED_VARIANCE:g}, the latest under 0",
+        f"median explained variance of {at.WINDOW} steps under {at.WORSE_EXPLAINED_VARIANCE:g}, the latest under 0",
         (EXPLAINED,),
         worse_than_a_baseline,
         better_baseline,

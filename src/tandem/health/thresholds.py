@@ -14,7 +14,8 @@ EARLY = 3
 
 # The value model.
 WORSE_EXPLAINED_VARIANCE = -0.1
-"""Mean explained variance under which a constant would be a better baseline; 0 is the constant itself."""
+"""Median explained variance under which a constant would be a better baseline; 0 is the constant itself. The median,
+since one batch whose outcomes hardly differ can have any explained variance."""
 
 DEAD_EXPLAINED_VARIANCE = 0.02
 DEAD_SPREAD = 0.05
