@@ -210,6 +210,12 @@ def test_the_policy_may_rest_while_the_value_model_warms_up():
     assert diagnose(rows) == []
 
 
+def test_one_update_a_step_reads_zero_and_a_slow_start_is_no_standstill():
+    starting = {"objective/kl": lambda step: 0.002 * step, "policy/approx_kl": 0.0}
+    assert diagnose(run(18, **starting)) == []
+    assert [one.rule for one in diagnose(run(30, **starting | {"objective/kl": 0.002}))] == ["learning_rate_too_small"]
+
+
 def test_a_verdict_does_not_depend_on_what_comes_later():
     rows = FAULTS["critic_lags"][0]
     whole, live = watched(rows, unknown_recipe()), Watch(unknown_recipe())

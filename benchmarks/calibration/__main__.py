@@ -21,7 +21,7 @@ from pathlib import Path
 
 from calibration import tables
 from calibration.cases import FAULTS, HEALTHY, Case, Story, Table
-from calibration.report import judged, page, summary_of
+from calibration.report import judged, of_folder, page, summary_of
 from calibration.stories import run_story
 from tandem.recipe import without_none
 
@@ -73,12 +73,13 @@ def story_rows(case: Case, seed: int, folder: Path, model: Path, source: Path) -
 
 
 def all_runs(seeds: int, healthy_seeds: int, only: list[str]) -> Iterator[tuple[Case, int]]:
-    """Every case on a seed before any on the next."""
-    for seed in range(max(seeds, healthy_seeds)):
-        for case in [*FAULTS, *HEALTHY]:
-            wanted = not only or any(word in f"{case.place} {case.name}" for word in only)
-            if wanted and seed < (seeds if case.rules else healthy_seeds):
-                yield case, seed
+    """Everything on the first seed, then the faults on the others, then the healthy cases on theirs."""
+    planned = [(case, 0) for case in [*FAULTS, *HEALTHY]]
+    planned += [(case, seed) for seed in range(1, seeds) for case in FAULTS]
+    planned += [(case, seed) for seed in range(1, healthy_seeds) for case in HEALTHY]
+    for case, seed in planned:
+        if not only or any(word in f"{case.place} {case.name}" for word in only):
+            yield case, seed
 
 
 def main() -> int:
@@ -90,6 +91,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="of each fault")
     parser.add_argument("--healthy-seeds", type=int, default=2, help="of each healthy case")
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="folders of other healthy runs, to judge too")
     parser.add_argument("--judge", action="store_true", help="run nothing, judge what there is")
     given = parser.parse_args()
     runs = list(all_runs(given.seeds, given.healthy_seeds, given.only))
@@ -100,7 +102,7 @@ def main() -> int:
                 print(f"{number}/{len(runs)}  {case.place}: {case.name}, seed {seed}  ({seconds:.0f} s)", flush=True)
     there = [(case, seed) for case, seed in runs if kept_at(case, seed).exists()]
     found = [judged(case, seed, json.loads(kept_at(case, seed).read_text(encoding="utf-8"))) for case, seed in there]
-    everything = summary_of(found)
+    everything = summary_of(found, [of_folder(path) for path in given.also])
     if given.only:
         print(page(everything))
         return 0

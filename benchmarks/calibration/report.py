@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from calibration import stories, tables
 from calibration.cases import FAULTS, HEALTHY, Case, Table
+from calibration.margins import reached, table
 from tandem.config import PpoConfig
 from tandem.health import RULES, Watch, watched
+from tandem.health.imports import read_run
 
 WANTED_HITS, WANTED_ALARMS = 0.9, 1 / 20
 
@@ -26,6 +29,7 @@ def judged(case: Case, seed: int, kept: Mapping[str, Any]) -> dict[str, Any]:
         "steps": len(kept["rows"]),
         "named_at": named,
         "findings": [[finding.rule, finding.first_step, finding.last_step] for finding in findings],
+        "reached": reached(kept["rows"]),
     }
 
 
@@ -38,8 +42,24 @@ def said_at(rows: Sequence[Mapping[str, Any]], config: PpoConfig, rules: Sequenc
     return None
 
 
-def summary_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Hit rate and delay of every fault, and the alarms of healthy runs."""
+def of_folder(path: Path) -> dict[str, Any]:
+    """A healthy run that is on disk already."""
+    run = read_run(path)
+    watch = watched(run.rows, run.config)
+    return {
+        "place": "others",
+        "case": f"{path.parent.name}/{path.name}",
+        "seed": run.config.run.seed,
+        "rules": [],
+        "steps": len(run.rows),
+        "judged": len(RULES) - len(watch.not_judged()),
+        "findings": [[finding.rule, finding.first_step, finding.last_step] for finding in watch.findings],
+        "reached": reached(run.rows),
+    }
+
+
+def summary_of(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Hit rate and delay of every fault, and the alarms of healthy runs, those that were at hand among them."""
     faults = []
     for case in FAULTS:
         own = [run for run in runs if run["case"] == case.name and run["place"] == case.place and run["rules"]]
@@ -58,20 +78,32 @@ def summary_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     "others": others,
                 }
             )
-    healthy = [run for run in runs if not run["rules"]]
+    healthy = [*(run for run in runs if not run["rules"]), *others]
     about = {rule.name: rule.about for rule in RULES}
     alarms = [run for run in healthy if any(about[name] == "training" for name, *_ in run["findings"])]
     machine = [run for run in healthy if any(about[name] == "machine" for name, *_ in run["findings"])]
     missed = [fault for fault in faults if fault["hits"] < WANTED_HITS * fault["seeds"]]
-    reached = not missed and len(alarms) <= WANTED_ALARMS * len(healthy)
+    all_reached = not missed and len(alarms) <= WANTED_ALARMS * len(healthy)
     named = sum(fault["hits"] for fault in faults)
     verdict = (
         f"{len(faults) - len(missed)} of {len(faults)} faults are named within the first quarter in at least "
         f"{WANTED_HITS:.0%} of their seeds ({named} of {sum(fault['seeds'] for fault in faults)} runs); "
         f"{len(alarms)} of {len(healthy)} healthy runs raised a false alarm"
-        + (f", {len(machine)} more one about the machine." if machine else ".")
+        + (f", and {len(machine)} one about the machine." if machine else ".")
     )
-    return {"verdict": verdict, "reached": reached, "faults": faults, "healthy": healthy, "alarms": len(alarms)}
+    return {
+        "verdict": verdict,
+        "reached": all_reached,
+        "alarms": len(alarms),
+        "machine_alarms": len(machine),
+        "faults": faults,
+        "thresholds": table([*runs, *others]),
+        "healthy": healthy,
+    }
+
+
+def short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -79,11 +111,11 @@ def page(found: Mapping[str, Any]) -> str:
     lines = [
         "# Calibration: how well the rules judge",
         "",
-        "Made by `make calibrate`. Every fault is put into real joint runs on purpose, on five seeds each: runs of "
-        "tables, whose optimum is known (`benchmarks/oracles`, 300 steps), and of a story model of 260K parameters "
-        "(`benchmarks/ablation/stories.toml`, 40 steps). A fault is named where a rule that stands for it speaks "
-        "within the first quarter of the run; the step is the one at which a person would have read it. Healthy runs "
-        "are whole runs of the same tasks, under settings that reach the optimum or the best known objective.",
+        "Made by `make calibrate`. Every fault is put into real joint runs on purpose, on the seeds that the table "
+        "counts: runs of tables, whose optimum is known (`benchmarks/oracles`, 300 steps), and of a story model of "
+        "260K parameters (`benchmarks/ablation/stories.toml`, 40 steps). A fault is named where a rule that stands "
+        "for it speaks within the first quarter of the run; the step is the one at which a person would have read it. "
+        "Healthy runs are whole runs of the same tasks, under settings that reach the optimum or the best known objective.",
         "",
         f"**{found['verdict']}**",
         "",
@@ -101,6 +133,25 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         "What is also said is said of the same runs: a fault has consequences, and most of these are true.",
         "",
+        "## Thresholds and their evidence",
+        "",
+        "What healthy runs reach at their worst, what runs with the fault reach at their mildest, and the threshold "
+        "between. A rule asks for more than its threshold (steps in a row, a second number), so a healthy run may "
+        "cross one line and raise no alarm; where one fault has several signs, a run may be named by another.",
+        "",
+        "| threshold | what | healthy, worst | threshold | faulty, mildest | rule |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for row in found["thresholds"]:
+        cells = [
+            short(row["healthy_worst"]),
+            f"{row['side']} {row['value']:g}",
+            short(row["faulty_mildest"]),
+            row["rule"],
+        ]
+        lines.append("| " + " | ".join([f"`{row['threshold']}`", row["what"], *cells]) + " |")
+    lines += [
+        "",
         "## Healthy runs",
         "",
         "| run | task | seeds | findings |",
@@ -111,4 +162,11 @@ def page(found: Mapping[str, Any]) -> str:
         if own:
             said = [f"{name} (seed {run['seed']}, steps {a} to {b})" for run in own for name, a, b in run["findings"]]
             lines.append(f"| {case.name} | {case.place} | {len(own)} | {'; '.join(said) or 'none'} |")
+    for run in found["healthy"]:
+        if run["place"] == "others":
+            said = [f"{name} (steps {a} to {b})" for name, a, b in run["findings"]]
+            few = f"{run['steps']} steps, {run['judged']} rules judged"
+            lines.append(f"| {run['case']} ({few}) | demo | 1 | {'; '.join(said) or 'none'} |")
+    lines += ["", "## The rules, exactly", "", "| rule | signature | held for |", "|---|---|---:|"]
+    lines += [f"| `{rule.name}` | {rule.signature} | {rule.holds} |" for rule in RULES]
     return "\n".join([*lines, ""])

@@ -47,6 +47,8 @@ def stands_still(history: History, _config: PpoConfig) -> str | None:
     recent = history.recent(APPROX_KL, at.WINDOW)
     if len(recent) < at.WINDOW or rate_is_low_by_schedule(history):
         return None
+    if history.largest(APPROX_KL) == 0 and history.count(KL) < at.STILL_STEPS:
+        return None
     distance = max(map(abs, history.recent(KL, at.WINDOW)))
     if history.largest(APPROX_KL) > at.STILL_APPROX_KL or distance > at.STILL_KL:
         return None
@@ -99,7 +101,8 @@ RULES = (
         "learning_rate_too_small",
         "the policy stands still",
         f"no update over {at.STILL_APPROX_KL:g} nats a token in {at.WINDOW} steps or more at the schedule's height, "
-        f"and the policy within {at.STILL_KL:g} nats a sequence of its start",
+        f"and the policy within {at.STILL_KL:g} nats a sequence of its start; for {at.STILL_STEPS} steps where one "
+        "update a step reads 0",
         (APPROX_KL, KL),
         stands_still,
         times("policy.lr", 10.0),

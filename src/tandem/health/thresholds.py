@@ -68,7 +68,9 @@ NO_SPREAD = 1e-3
 
 STILL_KL = 0.02
 STILL_APPROX_KL = 2e-6
-"""Nats a sequence from the reference, and nats a token an update, at which a policy has not moved."""
+STILL_STEPS = 20
+"""Nats a sequence from the reference, and nats a token an update, at which a policy has not moved; and the steps after
+which the first alone says so, where one update a step is measured before it is made and reads 0."""
 
 HELD_GAIN = 0.25
 """Spreads of the score that the best policy under the KL coefficient gains, to first order spread / coefficient: less
@@ -81,7 +83,7 @@ COLLAPSED_ENTROPY = 0.3
 REPETITIVE = 0.25
 """Rise of the share of repeated four-token runs."""
 
-SHRUNK = 0.4
+SHRUNK = 0.3
 GROWN = 2.0
 """Factors of the first steps' length."""
 
