@@ -115,7 +115,8 @@ def page(found: Mapping[str, Any]) -> str:
         "counts: runs of tables, whose optimum is known (`benchmarks/oracles`, 300 steps), and of a story model of "
         "260K parameters (`benchmarks/ablation/stories.toml`, 40 steps). A fault is named where a rule that stands "
         "for it speaks within the first quarter of the run; the step is the one at which a person would have read it. "
-        "Healthy runs are whole runs of the same tasks, under settings that reach the optimum or the best known objective.",
+        "Healthy runs are whole runs of the same tasks, under settings that reach the optimum or the best known "
+        "objective.",
         "",
         f"**{found['verdict']}**",
         "",
