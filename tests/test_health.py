@@ -44,6 +44,7 @@ HEALTHY = {
     "advantage/credit_by_position/1": 0.9,
     "advantage/credit_by_position/4": 0.98,
     "advantage/from_value": 1.0,
+    "advantage/std": 0.3,
     "rollout/length": 32.0,
     "rollout/eos_rate": 0.5,
     "rollout/repetition": 0.02,
@@ -196,6 +197,11 @@ def test_a_finding_is_said_once_when_it_begins_and_once_when_it_ends():
     assert began == [(7, "entropy_collapse")]
     assert ended == [(12, "entropy_collapse", 8)]
     assert [(one.first_step, one.last_step, one.active) for one in watch.findings] == [(6, 8, False)]
+
+
+def test_advantages_or_prompts_without_spread_are_no_signal_too():
+    for name in ("advantage/std", "objective/score_std_within_prompts"):
+        assert [one.rule for one in diagnose(run(10, **{name: 0.0}))] == ["no_signal"]
 
 
 def test_one_odd_batch_says_nothing():

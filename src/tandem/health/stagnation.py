@@ -31,6 +31,12 @@ def no_signal(history: History, _config: PpoConfig) -> str | None:
             f"for {at.WINDOW} steps the responses to a prompt earned the same (spread {max(within):.1g} around their "
             "prompt's mean): what differs is the prompt, which the policy does not choose."
         )
+    advantages = history.recent("advantage/std", at.WINDOW)
+    if len(advantages) == at.WINDOW and max(advantages) < at.NO_SPREAD * size:
+        return (
+            f"for {at.WINDOW} steps the advantages differed by {max(advantages):.1g} while scores differed by "
+            f"{of_all[-1]:.2g}: no token is better or worse than expected."
+        )
     return None
 
 
@@ -90,7 +96,8 @@ RULES = (
     Rule(
         "no_signal",
         "all responses earn the same",
-        f"spread of the scores, of all or within prompts, under {at.NO_SPREAD:g} of their size for {at.WINDOW} steps",
+        f"spread of the scores, of all or within prompts, or of the advantages, under {at.NO_SPREAD:g} of the scores' "
+        f"size for {at.WINDOW} steps",
         (SCORE, SPREAD),
         no_signal,
         more_spread,
