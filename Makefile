@@ -33,7 +33,8 @@ ablation-demo: .venv/ready ## the same on the demo's task, after make demo-seeds
 	PYTHONPATH=benchmarks $(BIN)/python -m ablation demo $(DEMO_MODEL) $(wildcard runs/demo-seed-*)
 
 calibrate: .venv/ready ## faults on purpose and healthy runs, judged: docs/diagnosis/calibration.md (an hour; goes on where it was ended)
-	PYTHONPATH=benchmarks $(BIN)/python -m calibration $(STORY_MODEL) $(STORIES) --also $(wildcard runs/demo-seed-*/ppo)
+	PYTHONPATH=benchmarks $(BIN)/python -m calibration $(STORY_MODEL) $(STORIES) --also $(wildcard runs/demo-seed-*/ppo) \
+		$(filter-out %sharing-head% %td-0%,$(wildcard runs/ablation/stories/*-?))
 
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tandem.config import PpoConfig
 from tandem.health import RULES, Watch, watched
 from tandem.health.imports import read_run
 
-WANTED_HITS, WANTED_ALARMS = 0.9, 1 / 20
+WANTED_HITS, WANTED_ALARMS, WANTED_SEEDS = 0.9, 1 / 20, 5
 
 
 def judged(case: Case, seed: int, kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,8 +48,8 @@ def of_folder(path: Path) -> dict[str, Any]:
     run = read_run(path)
     watch = watched(run.rows, run.config)
     return {
-        "place": "others",
-        "case": f"{path.parent.name}/{path.name}",
+        "place": "at hand",
+        "case": task_of(path),
         "seed": run.config.run.seed,
         "rules": [],
         "steps": len(run.rows),
@@ -58,7 +59,12 @@ def of_folder(path: Path) -> dict[str, Any]:
     }
 
 
-def summary_of(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def task_of(path: Path) -> str:
+    """What a run's folder says that it is, without its seed."""
+    return re.sub(r"-\d+$", "", path.parent.name if path.name == "ppo" else path.name)
+
+
+def summary_of(runs: Sequence[Mapping[str, Any]], at_hand: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Hit rate and delay of every fault, and the alarms of healthy runs, those that were at hand among them."""
     faults = []
     for case in FAULTS:
@@ -78,18 +84,20 @@ def summary_of(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, 
                     "others": others,
                 }
             )
-    healthy = [*(run for run in runs if not run["rules"]), *others]
+    healthy = [*(run for run in runs if not run["rules"]), *at_hand]
     about = {rule.name: rule.about for rule in RULES}
     alarms = [run for run in healthy if any(about[name] == "training" for name, *_ in run["findings"])]
     machine = [run for run in healthy if any(about[name] == "machine" for name, *_ in run["findings"])]
     missed = [fault for fault in faults if fault["hits"] < WANTED_HITS * fault["seeds"]]
-    all_reached = not missed and len(alarms) <= WANTED_ALARMS * len(healthy)
+    done, planned = sum(fault["seeds"] for fault in faults), WANTED_SEEDS * len(FAULTS)
+    all_reached = done >= planned and not missed and len(alarms) <= WANTED_ALARMS * len(healthy)
     named = sum(fault["hits"] for fault in faults)
     verdict = (
         f"{len(faults) - len(missed)} of {len(faults)} faults are named within the first quarter in at least "
-        f"{WANTED_HITS:.0%} of their seeds ({named} of {sum(fault['seeds'] for fault in faults)} runs); "
+        f"{WANTED_HITS:.0%} of their seeds ({named} of {done} runs); "
         f"{len(alarms)} of {len(healthy)} healthy runs raised a false alarm"
         + (f", and {len(machine)} one about the machine." if machine else ".")
+        + (f" Not finished: {done} of {planned} runs with a fault are done." if done < planned else "")
     )
     return {
         "verdict": verdict,
@@ -97,7 +105,7 @@ def summary_of(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, 
         "alarms": len(alarms),
         "machine_alarms": len(machine),
         "faults": faults,
-        "thresholds": table([*runs, *others]),
+        "thresholds": table([*runs, *at_hand]),
         "healthy": healthy,
     }
 
@@ -116,7 +124,8 @@ def page(found: Mapping[str, Any]) -> str:
         "260K parameters (`benchmarks/ablation/stories.toml`, 40 steps). A fault is named where a rule that stands "
         "for it speaks within the first quarter of the run; the step is the one at which a person would have read it. "
         "Healthy runs are whole runs of the same tasks, under settings that reach the optimum or the best known "
-        "objective.",
+        "objective; and runs that were at hand (the demo's and the ablation's), judged by the rules whose metrics they "
+        "have.",
         "",
         f"**{found['verdict']}**",
         "",
@@ -163,11 +172,12 @@ def page(found: Mapping[str, Any]) -> str:
         if own:
             said = [f"{name} (seed {run['seed']}, steps {a} to {b})" for run in own for name, a, b in run["findings"]]
             lines.append(f"| {case.name} | {case.place} | {len(own)} | {'; '.join(said) or 'none'} |")
-    for run in found["healthy"]:
-        if run["place"] == "others":
-            said = [f"{name} (steps {a} to {b})" for name, a, b in run["findings"]]
-            few = f"{run['steps']} steps, {run['judged']} rules judged"
-            lines.append(f"| {run['case']} ({few}) | demo | 1 | {'; '.join(said) or 'none'} |")
+    at_hand = [run for run in found["healthy"] if run["place"] == "at hand"]
+    for case in sorted({run["case"] for run in at_hand}):
+        own = [run for run in at_hand if run["case"] == case]
+        said = [f"{name} (seed {run['seed']}, steps {a} to {b})" for run in own for name, a, b in run["findings"]]
+        few = f"{own[0]['steps']} steps, {own[0]['judged']} of {len(RULES)} rules judged"
+        lines.append(f"| {case} ({few}) | at hand | {len(own)} | {'; '.join(said) or 'none'} |")
     lines += ["", "## The rules, exactly", "", "| rule | signature | held for |", "|---|---|---:|"]
     lines += [f"| `{rule.name}` | {rule.signature} | {rule.holds} |" for rule in RULES]
     return "\n".join([*lines, ""])
