@@ -10,7 +10,7 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles ablation-stories ablation-demo faults fuzz bench screenshots test lint format examples clean
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz bench screenshots test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -33,6 +33,10 @@ ablation-stories: .venv/ready ## options of the joint stage on a story model: do
 
 ablation-demo: .venv/ready ## the same on the demo's task, after make demo-seeds: docs/results/ablation-demo.md
 	PYTHONPATH=benchmarks $(BIN)/python -m ablation demo $(DEMO_MODEL) $(wildcard runs/demo-seed-*)
+
+calibrate: .venv/ready ## faults on purpose and healthy runs, judged: docs/diagnosis/calibration.md (an hour; goes on where it was ended)
+	PYTHONPATH=benchmarks $(BIN)/python -m calibration $(STORY_MODEL) $(STORIES) --also $(wildcard runs/demo-seed-*/ppo) \
+		$(filter-out %sharing-head% %td-0%,$(wildcard runs/ablation/stories/*-?))
 
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults

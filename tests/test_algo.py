@@ -335,3 +335,49 @@ def test_calibration_of_preferences():
     zero = torch.zeros(20_000)
     assert algo.preference_calibration_error(scores, zero) < 0.02
     assert algo.preference_calibration_error(5 * scores, zero) > 0.1
+
+
+def test_repeated_ngrams_are_counted_within_each_response():
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 9], [5, 5, 5, 5, 5, 5, 0, 0, 0]])
+    mask = torch.arange(9) < torch.tensor([[9], [6]])
+    assert algo.repeated_ngrams(ids, mask, 4) == (1 + 2, 6 + 3)
+    assert algo.repeated_ngrams(ids[:1], mask[:1], 4) == (1, 6)
+    assert algo.repeated_ngrams(ids, mask, 10) == (0, 0)
+    assert algo.repeated_ngrams(torch.tensor([[7, 8, 7, 8]]), torch.ones(1, 4, dtype=torch.bool), 2) == (1, 3)
+
+
+def test_repeated_ngrams_are_those_of_a_count_by_hand():
+    torch.manual_seed(0)
+    ids, lengths = torch.randint(0, 3, (20, 30)), torch.randint(1, 31, (20,))
+    mask = torch.arange(30) < lengths[:, None]
+    runs = [
+        [tuple(row[start : start + 4].tolist()) for start in range(int(length) - 3)]
+        for row, length in zip(ids, lengths, strict=True)
+    ]
+    expected = sum(len(row) - len(set(row)) for row in runs), sum(map(len, runs))
+    assert algo.repeated_ngrams(ids, mask, 4) == expected
+
+
+def test_credit_is_whole_with_lambda_1_and_lost_early_with_td_errors():
+    torch.manual_seed(0)
+    mask, values = torch.ones(500, 16, dtype=torch.bool), 0.01 * torch.randn(500, 16)
+    rewards = torch.zeros(500, 16)
+    rewards[:, -1] = torch.randn(500)
+    outcomes = algo.gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)
+    by_lambda = {
+        lam: algo.credit_by_position(
+            algo.gae(rewards, values, mask, gamma=1.0, lam=lam), values, outcomes, mask, parts=4
+        )
+        for lam in (0.0, 1.0)
+    }
+    assert by_lambda[1.0] == pytest.approx([1.0] * 4)
+    assert max(map(abs, by_lambda[0.0][:3])) < 0.1
+    assert by_lambda[0.0][3] > 0.4
+
+
+def test_correlation_knows_what_does_not_vary():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    rising = torch.arange(6.0).view(2, 3)
+    assert algo.correlation(rising, -2 * rising, mask) == pytest.approx(-1.0)
+    assert math.isnan(algo.correlation(rising, torch.ones(2, 3), mask))
+    assert algo.masked_std(rising, mask).item() == pytest.approx(rising.std(correction=0).item())

@@ -92,3 +92,12 @@ def test_groups_keep_their_own_rates():
     made.backward((body + head).sum())
     made.step()
     assert (body.item(), head.item()) == pytest.approx((-0.1, -0.3), rel=1e-4)
+
+
+def test_a_share_of_the_rate_holds_from_the_next_update_on():
+    made = engine(nn.Parameter(torch.zeros(1)), lr=0.1, schedule="linear")
+    made.set_share(0.5)
+    made.set_progress(5, 10)
+    assert made.lr == pytest.approx(0.025)
+    made.set_peak()
+    assert made.lr == pytest.approx(0.05)

@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tandem"
 FOUNDATION = {"types", "errors", "config", "consistency", "recipe", "text", "__init__"}
-MIDDLE = {"data", "models", "rollout", "rewards", "engine", "run", "view"}
+MIDDLE = {"data", "models", "rollout", "rewards", "engine", "run", "health", "view"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
@@ -52,8 +52,19 @@ def test_stages_do_not_know_the_command_line():
         assert not imports(path) & {"cli", "demo"}, path
 
 
-@pytest.mark.parametrize("module", ["tandem.algo", "tandem.stages.joint", "tandem.config", "tandem.cli", "tandem.view"])
+@pytest.mark.parametrize(
+    "module",
+    ["tandem.algo", "tandem.stages.joint", "tandem.config", "tandem.cli", "tandem.health.imports", "tandem.view"],
+)
 def test_light_imports_stay_light(module):
     code = f"import sys, {module}; print([m for m in ('transformers', 'datasets', 'peft', 'vllm') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_health_needs_no_torch():
+    code = (
+        "import sys, tandem.health.imports, tandem.health.words; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False False"

@@ -25,7 +25,7 @@ from tandem.models.scalar import ScalarModel, zero_head
 from tandem.models.sharing import PolicyWithValueHead, histogram_of, value_head
 from tandem.models.trunk import Trunk
 from tandem.stages.joint import estimate_advantages, evaluate
-from tandem.stages.measure import measure
+from tandem.stages.measure import measure, spread_within_prompts
 from tandem.stages.reward import RewardLearner, measure_heldout, train_on
 from tandem.stages.sft import loss_parts
 from tandem.stages.update import (
@@ -38,7 +38,7 @@ from tandem.stages.update import (
     update_shared,
     update_value,
 )
-from tandem.types import Prompt, Rollout, Scores
+from tandem.types import Prompt, Rollout, Scores, pad_tokens
 
 BUDGETS = (8, 40, 10**6)
 
@@ -248,13 +248,14 @@ def test_both_losses_at_once(trunk, stop_gradient, with_cosine):
     kept = Kept([ParameterGroup(list(trunk.model.parameters()), 0.1)], OptimizerSection())
     learner = shared_learner(trunk, stop_gradient, kept)
     batch, _ = judged(trunk, learner.model.policy, learner.model.value, 10**6)
-    results, cosines = [], []
+    results, cosines, ratios = [], [], []
     for budget in BUDGETS:
         sums = algo.Sums()
         measured = with_cosine and not stop_gradient
         assert update_both(learner, batch, KlSection(), budget, sums, with_cosine=measured)
         results.append(kept.kept)
         cosines.append(sums.means().get("policy/value_gradient_cosine", 0.0))
+        ratios.append(sums.means().get("policy/value_gradient_ratio", 0.0))
     assert_all_close(results)
     by_policy, by_value = alone(learner, batch, trunk)
     expected = by_policy if stop_gradient else by_policy + 0.5 * by_value
@@ -263,6 +264,8 @@ def test_both_losses_at_once(trunk, stop_gradient, with_cosine):
         both = (by_policy != 0) & (by_value != 0)
         expected = torch.nn.functional.cosine_similarity(by_policy[both], by_value[both], dim=0)
         assert cosines == pytest.approx([float(expected)] * 3, abs=1e-4)
+        assert ratios == pytest.approx([ratios[0]] * 3, rel=1e-3)
+        assert ratios[0] == pytest.approx(0.5 * float(by_value[both].norm() / by_policy[both].norm()), rel=0.5)
 
 
 def test_a_policy_that_moved_too_far_rests_while_its_value_head_learns_on(trunk):
@@ -344,3 +347,10 @@ def test_entropies_have_the_gradient_of_the_whole(head_trains, rows):
     (found[0] * upstream[0].float() + found[1] * upstream[1].float()).sum().backward()
     for tensor, gradient in zip(trained, expected, strict=True):
         assert torch.allclose(tensor.grad, gradient, atol=1e-5)
+
+
+def test_spread_within_prompts_is_around_each_prompts_own_mean():
+    tokens = pad_tokens([(1, 2), (1,), (1, 2), (1,), (3,)], [(4,), (4, 4), (4,), (4,), (4,)])
+    found = spread_within_prompts(torch.tensor([1.0, 10.0, 3.0, 10.0, 99.0]), tokens)
+    assert found == {"objective/score_std_within_prompts": pytest.approx(0.5**0.5)}
+    assert spread_within_prompts(torch.tensor([1.0, 2.0]), tokens.select(torch.tensor([0, 1]))) == {}

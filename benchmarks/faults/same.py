@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 from tandem.run.folder import read_metrics
 
-_CLOCKED = ("time/", "throughput/", "seconds", "peak_memory_gib")
+_CLOCKED = (
+    "time/",
+    "throughput/",
+    "memory/",
+    "seconds",
+    "peak_memory_gib",
+    "health/memory_grows",
+    "health/throughput_falls",
+)
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -24,7 +32,9 @@ def timeless(tree: Any) -> Any:
     """What a run wrote, without what depends on the clock."""
     if isinstance(tree, dict):
         return {name: timeless(value) for name, value in tree.items() if not name.startswith(_CLOCKED)}
-    return [timeless(value) for value in tree] if isinstance(tree, list) else tree
+    if isinstance(tree, list):
+        return [timeless(value) for value in tree if not (isinstance(value, dict) and value.get("about") == "machine")]
+    return tree
 
 
 def _of_content(one: Path, other: Path) -> Iterator[str]:

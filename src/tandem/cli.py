@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_stage(commands, name, kind)
     _add_generate(commands)
     _add_view(commands)
+    _add_diagnose(commands)
     _add_bench(commands)
     return parser
 
@@ -110,6 +112,9 @@ def _run_stage(name: str, words: Sequence[str]) -> int:
     config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
     summary = _with_progress(lambda progress: _within_memory(name, config, progress, resume=run is not None))
     print(f"{directory}: {_result(summary)}")
+    if summary.get("health"):
+        names = ", ".join(dict.fromkeys(finding["rule"] for finding in summary["health"]))
+        print(f"{directory}: not all was well ({names}); see: tandem diagnose {directory}")
     return INTERRUPTED if summary["interrupted"] else DONE
 
 
@@ -274,6 +279,32 @@ def _run_view(known: argparse.Namespace, rest: Sequence[str]) -> int:
         report=known.report,
         open_browser=not known.no_browser,
     )
+    return DONE
+
+
+def _add_diagnose(commands: Any) -> None:
+    command = commands.add_parser(
+        "diagnose",
+        help="What is wrong with a run, why, and which line of its recipe to change",
+        description="Judge a joint run by its metrics, while it goes or afterwards; or one of TRL, OpenRLHF or verl by "
+        "its TensorBoard folder or a CSV, JSON or JSON lines export. Finding something is not failing: the exit status "
+        "is 0.",
+        allow_abbrev=False,
+    )
+    command.add_argument("path", metavar="RUN", type=Path, help="folder of a run, or a file of metrics")
+    command.add_argument("--json", action="store_true", help="for scripts: one JSON object")
+    command.set_defaults(run=_run_diagnose)
+
+
+def _run_diagnose(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    _refuse_rest(rest)
+    from tandem.health import watched
+    from tandem.health.imports import read_run
+    from tandem.health.words import record, report
+
+    found = read_run(known.path)
+    watch = watched(found.rows, found.config)
+    print(json.dumps(record(found, watch), indent=2) if known.json else report(str(known.path), found, watch))
     return DONE
 
 

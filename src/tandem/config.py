@@ -5,7 +5,8 @@ A configuration is frozen. Names carry their unit; a field's description is what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -485,6 +486,18 @@ def _is_web_address(url: str) -> bool:
         return False
 
 
+def term_names(sources: Sequence[RewardSource]) -> list[str]:
+    """What metrics call the rewards: reward_model, remote or the function's name; a second of a name gets a number."""
+    seen: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        of_others = "remote" if source.model is None else "reward_model"
+        name = of_others if source.function is None else source.function.rpartition(":")[2]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names
+
+
 class SharingSection(Section):
     """How the four models share parameters."""
 
@@ -499,6 +512,46 @@ class SharingSection(Section):
     gradient_cosine_every: Count = Field(
         10, description="steps between measurements of the cosine between the two losses' gradients, in mode head"
     )
+
+
+RuleName = Literal[
+    "not_finite",
+    "memory_grows",
+    "throughput_falls",
+    "critic_worse_than_baseline",
+    "critic_dead",
+    "value_start_biased",
+    "critic_lags",
+    "return_scale_drifts",
+    "signal_decays",
+    "kl_does_not_bite",
+    "kl_reads_zero",
+    "kl_negative",
+    "updates_too_large",
+    "gradient_conflict",
+    "no_signal",
+    "learning_rate_too_small",
+    "kl_too_strong",
+    "entropy_collapse",
+    "repetition",
+    "length_collapse",
+    "length_runaway",
+    "no_end",
+    "reward_hacking",
+    "generator_mismatch",
+    "stale_rollouts",
+]
+
+
+class HealthSection(Section):
+    """What is done where the metrics say that something is wrong (docs/diagnosis)."""
+
+    act: Literal["warn", "stop", "lower_lr"] = Field(
+        "warn",
+        description="warn: say what is wrong. stop: end the run too, for what training does. lower_lr: halve the "
+        "policy's learning rate too, each time that helps against what begins",
+    )
+    silence: list[RuleName] = Field([], description="rules that are left out")
 
 
 class PpoConfig(Section):
@@ -524,6 +577,7 @@ class PpoConfig(Section):
     adapters: AdapterSection | None = Field(
         None, description="settings of the adapters, where sharing.mode is adapters"
     )
+    health: HealthSection = HealthSection()
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()

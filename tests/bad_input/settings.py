@@ -58,6 +58,8 @@ TABLE = [
     ("sft", ["--data.columns.text=5"], "data.columns.text = 5", "quote it"),
     ("sft", ["--epochs=two"], "epochs = 'two'", "valid number"),
     ("sft", ["--run.seed=1.5"], "run.seed = 1.5", "valid integer"),
+    ("ppo", ["--health.silence=no_signal"], "health.silence = 'no_signal'", "valid list"),
+    ("sft", ["--health.act=warn"], "health = ", "not a known key"),
     ("sft", ["--run.trackers=tensorboard"], "run.trackers = 'tensorboard'", "valid list"),
     # Out of range.
     ("ppo", ["--policy.lr=0"], "policy.lr = 0", ABOVE),
@@ -133,6 +135,8 @@ TABLE = [
     ("sft", [f"--data.train={'x' * 400}.jsonl"], "data.train", "longer than the 255 bytes", "shorten it"),
     ("sft", ["--model=\udcff"], "model", "unicode"),
     ("ppo", ["--rewards.1.function="], "rewards.1.function = ''", "at least 1 character"),
+    ("ppo", ["--health.act=pause"], "health.act = 'pause'", "'warn', 'stop' or 'lower_lr'"),
+    ("ppo", ['--health.silence=["entropy"]'], "health.silence.0 = 'entropy'", "'entropy_collapse'"),
     # Impossible together.
     ("ppo", ["--eval_every=5"], "eval_every needs data.eval_prompts"),
     ("ppo", ["--adapters.rank=4"], 'sharing.mode is "separate"', 'set sharing.mode = "adapters"'),

@@ -9,6 +9,8 @@ from tandem.algo.critic import (
     CalibrationGroup,
     calibration,
     calibration_error,
+    correlation,
+    credit_by_position,
     explained_variance,
     explained_variance_by_position,
     optimality_certificate,
@@ -30,10 +32,11 @@ from tandem.algo.losses import (
     probability_ratio,
     value_loss,
 )
-from tandem.algo.masked import Sums, masked_mean, masked_sum
+from tandem.algo.masked import Sums, masked_mean, masked_std, masked_sum
 from tandem.algo.moments import RunningMoments
 from tandem.algo.projection import projected_logprobs, projected_logprobs_and_entropies
 from tandem.algo.ranking import ByLength, accuracy_by_length, preference_calibration_error, right_order
+from tandem.algo.repetition import repeated_ngrams
 from tandem.algo.sampling import sample, token_logprobs, truncate
 from tandem.algo.schedule import AdaptiveEpochs
 
@@ -54,6 +57,8 @@ __all__ = [
     "calibration_error",
     "centring_loss",
     "clipped_value_loss",
+    "correlation",
+    "credit_by_position",
     "dpo_loss",
     "explained_variance",
     "explained_variance_by_position",
@@ -64,6 +69,7 @@ __all__ = [
     "kl_estimate",
     "length_adaptive_lambda",
     "masked_mean",
+    "masked_std",
     "masked_sum",
     "optimality_certificate",
     "ppo_policy_loss",
@@ -73,6 +79,7 @@ __all__ = [
     "probability_ratio",
     "projected_logprobs",
     "projected_logprobs_and_entropies",
+    "repeated_ngrams",
     "right_order",
     "sample",
     "token_logprobs",

@@ -32,9 +32,34 @@ def explained_variance_by_position(values: Tensor, outcomes: Tensor, mask: Tenso
 
     Token t of a response of l tokens belongs to stretch floor(parts * t / l).
     """
+    return [explained_variance(values, outcomes, stretch) for stretch in stretches(mask, parts)]
+
+
+def stretches(mask: Tensor, parts: int) -> list[Tensor]:
+    """The mask [B, T] taken apart into equal stretches of each response, first to last."""
     place = torch.arange(mask.shape[1], device=mask.device)[None, :] * parts
     stretch = place // mask.sum(1, keepdim=True).clamp(min=1)
-    return [explained_variance(values, outcomes, mask & (stretch == part)) for part in range(parts)]
+    return [mask & (stretch == part) for part in range(parts)]
+
+
+def credit_by_position(advantages: Tensor, values: Tensor, outcomes: Tensor, mask: Tensor, parts: int) -> list[float]:
+    """In each of `parts` equal stretches of the responses, the correlation over tokens [B, T] between the advantage
+    and what was earned beyond the value, outcome - value.
+
+    1 where advantages are those of Monte Carlo (lambda = 1). Near 0 where nothing of what was earned at the end reaches
+    the tokens of the stretch; that is no loss where the value model knows more than one outcome does, and a loss of the
+    signal where it explains nothing. NaN where one of the two does not vary.
+    """
+    earned = outcomes - values
+    return [correlation(advantages, earned, stretch) for stretch in stretches(mask, parts)]
+
+
+def correlation(one: Tensor, other: Tensor, mask: Tensor) -> float:
+    """Pearson's correlation over the entries of the mask; NaN where one of the two does not vary."""
+    one, other = one.double(), other.double()
+    one, other = one - masked_mean(one, mask), other - masked_mean(other, mask)
+    spreads = masked_sum(one.square(), mask) * masked_sum(other.square(), mask)
+    return float(masked_sum(one * other, mask) / spreads.sqrt()) if spreads > 0 else float("nan")
 
 
 @dataclass(frozen=True)

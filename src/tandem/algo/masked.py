@@ -23,6 +23,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum()
 
 
+def masked_std(x: Tensor, mask: Tensor) -> Tensor:
+    """Standard deviation of x [...] where mask [...] is true, over all of it; NaN where nothing is."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask).sqrt()
+
+
 class Sums:
     """Named quantities as (sum, count), so that a mean over parts is the mean over the whole."""
 

@@ -33,6 +33,7 @@ class LocalEngine:
         self._settings = settings
         self._name = name
         self._peaks = [group.lr for group in groups]
+        self._share = 1.0
         self._pairs = [(p, _master_of(p)) for group in groups for p in group.parameters]
         masters = iter(master for _, master in self._pairs)
         options = [{"params": [next(masters) for _ in group.parameters], "lr": group.lr} for group in groups]
@@ -56,9 +57,13 @@ class LocalEngine:
         """Set the learning rates to their peaks, where no schedule runs."""
         self._set_factor(1.0)
 
+    def set_share(self, share: float) -> None:
+        """From the next update on, let the learning rates be this share of what the schedule says."""
+        self._share = share
+
     def _set_factor(self, factor: float) -> None:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * factor
+            group["lr"] = peak * factor * self._share
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Add the gradient of the loss to what the next step will use."""

@@ -13,6 +13,23 @@ import transformers
 import tandem
 
 
+def memory_in_use(device: torch.device) -> dict[str, float]:
+    """`memory/process_gib` of main memory now (where the system does not say: the most so far), and
+    `memory/device_gib` of what tensors hold on a GPU."""
+    in_use = {"memory/process_gib": _resident_bytes() / 2**30}
+    if device.type == "cuda":
+        in_use["memory/device_gib"] = torch.cuda.memory_allocated(device) / 2**30
+    return in_use
+
+
+def _resident_bytes() -> float:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as pages:
+            return float(pages.read().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
 def machine_record(device: torch.device) -> dict[str, Any]:
     """Peak memory of this process (and of the device, where it has its own), versions, processor."""
     unit = 2**30 if sys.platform == "darwin" else 2**20

@@ -69,11 +69,12 @@ class Stage:
         self._numbers = ""
         self._said_done = -1
 
-    def advance(self, numbers: Mapping[str, float] | None = None, steps: int = 1) -> None:
-        """So many steps further, with the numbers that matter by their short names."""
+    def advance(self, numbers: Mapping[str, float] | None = None, steps: int = 1, note: str = "") -> None:
+        """So many steps further, with the numbers that matter by their short names, and what is to be noted."""
         self._done += steps
         if numbers:
-            self._numbers = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
+            shown = [f"{name} {_short(value)}" for name, value in numbers.items()]
+            self._numbers = "  ".join([*shown, note]).rstrip()
         self._progress._bars.update(self._task, completed=self._done, numbers=self._numbers)
         if self._progress._bars.disable and time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
             self._say()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import KlSection, PpoConfig, RewardSource
+from tandem.config import KlSection, PpoConfig, RewardSource, term_names
 from tandem.data.prompts import PromptLimits, read_prompts
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
@@ -163,18 +162,6 @@ def reward_terms(
         else:
             terms[name] = Term(RemoteReward(source, decoder(tokenizer)), source.weight)
     return terms
-
-
-def term_names(sources: Sequence[RewardSource]) -> list[str]:
-    """What metrics call the terms: reward_model, remote or the function's name; a second of a name gets a number."""
-    seen: Counter[str] = Counter()
-    names = []
-    for source in sources:
-        of_others = "remote" if source.model is None else "reward_model"
-        name = of_others if source.function is None else source.function.rpartition(":")[2]
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return names
 
 
 def centred_on_reference(

@@ -14,14 +14,16 @@ import torch
 from tandem.config import PpoConfig
 from tandem.data.prompts import prompt_batches
 from tandem.errors import InputError, NotFinite, RunError
+from tandem.health import Watch, watched
 from tandem.models.sharing import histogram_of
 from tandem.run import Progress, RunFolder
 from tandem.run.checkpoints import Snapshot
 from tandem.run.clock import Clock
 from tandem.run.disk import writing
 from tandem.run.faults import diagnosis
+from tandem.run.folder import read_metrics
 from tandem.run.lock import claimed
-from tandem.run.machine import machine_record
+from tandem.run.machine import machine_record, memory_in_use
 from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
 from tandem.run.start import start_of
@@ -41,6 +43,7 @@ from tandem.stages.scoring import skipped_metric, try_rewards, with_scores_only
 from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import Judged, judge, learn
+from tandem.stages.watching import note, set_rate, stops, tell
 from tandem.types import Batch, Prompt, Rollout
 from tandem.view import reported
 
@@ -57,11 +60,17 @@ class JointRun:
     folder: RunFolder
     signals: Signals
     progress: Progress
+    watch: Watch
     since: float
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.since
+
+    @property
+    def unwell(self) -> bool:
+        """Whether the run is to end for what its health is."""
+        return stops(self.watch, self.config)
 
     def snapshot(self, standing: Standing) -> Snapshot:
         return snapshot_of(self.stage, standing, self.folder.metrics_bytes, self.seconds)
@@ -82,7 +91,9 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
         check_start(stage, config)
         standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
-            run = JointRun(stage, config, folder, signals, progress, started - earlier.get("seconds", 0.0))
+            watch, since = watched(read_metrics(path), config), started - earlier.get("seconds", 0.0)
+            set_rate(stage.engines["policy"], watch, config)
+            run = JointRun(stage, config, folder, signals, progress, watch, since)
             with reported(path, progress.warn), folder.keeper.safe("ppo"):
                 standing = standing or begin(run, saved)
                 folder.keeper.check_space(run.snapshot(standing))
@@ -111,9 +122,9 @@ def train(run: JointRun, standing: Standing) -> Standing:
         while True:
             if not standing.logged:
                 standing = conclude(run, standing)
-                shown.advance(headline(standing.row))
+                shown.advance(headline(standing.row), note=note(run.watch))
             keeper.boundary(run.snapshot(standing), standing.row)
-            if standing.state.finished or keeper.out_of_patience or run.signals.requested:
+            if standing.state.finished or keeper.out_of_patience or run.signals.requested or run.unwell:
                 break
             state, row = step(run, standing, next(prompts))
             standing = replace(standing, state=state, row=row, logged=False)
@@ -170,7 +181,7 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
         run.progress.warn(f"step {number} is skipped: {fault}; what it worked on is kept in faults/.")
         if after.faults.in_a_row >= config.run.max_faults_in_a_row:
             raise diagnosis(fault, after.faults, number) from None
-    metrics = metrics | after.faults.metrics()
+    metrics = metrics | after.faults.metrics() | memory_in_use(stage.placement.device)
     return after, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in sampled))
 
 
@@ -181,7 +192,11 @@ def conclude(run: JointRun, standing: Standing) -> Standing:
         with run.signals.may_give_up():
             heldout = evaluate_heldout(run, f"{state.step:06d}", state)
         row |= {f"heldout/{name}": value for name, value in heldout.items()}
+    change = run.watch.observe(state.step, row)
+    row |= run.watch.flags()
     run.folder.log(state.step, row)
+    tell(change, run.watch, config, run.progress)
+    set_rate(run.stage.engines["policy"], run.watch, config)
     if row.get("value/warming_up") and not state.course.warming_up:
         say_end_of_warmup(config, state.step, row["value/explained_variance"], run.progress)
     return replace(standing, row=row, logged=True)
@@ -191,7 +206,10 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
     """Measure what was reached, save the models, write the summary."""
     stage, state, config = run.stage, standing.state, run.config
     best_step = back_to_best(run) if run.folder.keeper.out_of_patience else None
-    interrupted, heldout_after = not state.finished and best_step is None, dict[str, float]()
+    interrupted = not state.finished and best_step is None and not run.unwell
+    if run.unwell:
+        run.progress.say(f'health.act = "stop": the run ends after step {state.step}, its models saved as they are.')
+    heldout_after: dict[str, float] = {}
     if interrupted:
         run.progress.warn(
             f"interrupted; the models are saved as they are after step {state.step}. Go on with: tandem ppo --resume "
@@ -214,6 +232,7 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
         "last_step": standing.row,
         "heldout": {"before": standing.begun["heldout"], "after": heldout_after},
         "value_pretraining": standing.begun["value_pretraining"],
+        "health": [finding.as_record() for finding in run.watch.findings],
         "state": state.as_record(),
         "reward_models": {
             name: model.card and model.card.heldout_accuracy for name, model in stage.reward_models.items()

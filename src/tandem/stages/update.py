@@ -69,6 +69,10 @@ class Engine(Protocol):
         """Set it to its peak, where no schedule runs."""
         ...
 
+    def set_share(self, share: float) -> None:
+        """Let it be this share of what the schedule says from the next update on."""
+        ...
+
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Add the loss's gradient to what the next step will use."""
         ...
@@ -357,7 +361,9 @@ def update_both(
         else:
             engine.backward(by_policy + by_value)
     if with_cosine:
-        sums.add("policy/value_gradient_cosine", cosine.value(), 1)
+        angle, ratio = cosine.values()
+        sums.add("policy/value_gradient_cosine", angle, 1)
+        sums.add("policy/value_gradient_ratio", ratio, 1)
         engine.put(cosine.total())
     return finish_policy(engine, learner.policy, own, sums)
 
@@ -405,8 +411,9 @@ class GradientCosine:
         """The gradient of both together."""
         return _added(self._policy, self._value)
 
-    def value(self) -> float:
-        """The cosine; NaN where one of the two is zero on all that they share, as with a head that answers 0."""
+    def values(self) -> tuple[float, float]:
+        """The cosine, and how many times the policy's gradient the value's is, on what they share; NaN where one of the
+        two is zero there, as with a head that answers 0."""
         pairs = [
             (one.double(), other.double())
             for one, other in zip(self._policy, self._value, strict=True)
@@ -414,7 +421,9 @@ class GradientCosine:
         ]
         product = sum(float((one * other).sum()) for one, other in pairs)
         norms = [math.sqrt(sum(float(side[n].square().sum()) for side in pairs)) for n in (0, 1)]
-        return product / (norms[0] * norms[1]) if min(norms) > 0 else float("nan")
+        if min(norms) == 0:
+            return float("nan"), float("nan")
+        return product / (norms[0] * norms[1]), norms[1] / norms[0]
 
 
 def _added(one: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor | None]:
