@@ -12,13 +12,14 @@ import torch
 from transformers import DynamicCache
 
 from tandem import algo
+from tandem.bench.arithmetic import ModelSize, joint_step_flops
 from tandem.bench.counting import counting
 from tandem.bench.decoding import random_prompts
 from tandem.bench.growth import exponent
-from tandem.bench.joint_step import stage_of, step
+from tandem.bench.joint_step import recipe, stage_of, step
 from tandem.bench.models import SHAPES, make_reward_model, make_shape
 from tandem.bench.page import page
-from tandem.bench.rows import Measured, ratios
+from tandem.bench.rows import STEP, Measured, gpu_rows, ratios
 from tandem.bench.workloads import Workload
 from tandem.cli import main
 from tandem.config import AdapterSection
@@ -240,3 +241,24 @@ def test_what_was_read_once_is_the_same_for_the_reward(workload, wide, tmp_path)
     stage.models.policy.trunk.forget()
     assert torch.allclose(stage.score(rollouts).total, alone, atol=1e-6)
     assert alone.std() > 1e-3
+
+
+def test_rows_for_a_gpu_are_recipes_of_shapes_that_there_are(tmp_path):
+    rows = gpu_rows("cuda")
+    assert all(row.workload.model in SHAPES and row.workload.precision == "bfloat16" for row in rows)
+    steps = [recipe(row.workload, "reward", tmp_path) for row in rows if row.kind == STEP]
+    assert [config.sharing.mode for config in steps] == ["separate", "separate", "adapters"]
+
+
+def test_the_arithmetic_is_that_of_the_layers(workload, wide):
+    """Against the products counted one by one: a trunk weight and a head weight are two operations a token."""
+    size = ModelSize.of(wide)
+    a_layer = 4 * 32 * 32 + 3 * 32 * 64
+    assert (size.trunk, size.head, size.layers) == (LAYERS * a_layer, 2_000 * 32, LAYERS)
+    read, answered = SEQUENCES * LENGTH, SEQUENCES * RESPONSE
+    attention = 2 * LAYERS * 32 * read * LENGTH
+    trunk, head = 2 * size.trunk * read + attention, 2 * size.head * answered
+    assert joint_step_flops(size, workload) == trunk + head + (3 * trunk + head) + 2 * (6 * trunk + 3 * head)
+    one_trunk = replace(workload, sharing="adapters", upper_layers=1)
+    shared = trunk * 3 / 4 + 3 * trunk / 4 + head
+    assert joint_step_flops(size, one_trunk) == trunk + head + shared + 2 * (4 * trunk / 4 + 2 * head)

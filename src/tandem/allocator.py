@@ -7,16 +7,16 @@ import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT = 2**30
+_ONE_GIB, _NEVER = 2**30, -1
 
 
 def keep_memory() -> None:
     """Let large tensors reuse memory; called before torch allocates anything, without effect but on Linux.
 
     A step makes and frees tensors of the same sizes over and over. By default each of more than 32 MiB is a fresh
-    mapping, whose pages the system zeroes and maps one by one as they are touched: a third of a step's time on a
-    small model (docs/performance.md). Up to 1 GiB is kept for the next tensor instead, and torch asks for huge pages.
-    What the environment says stays as it is.
+    mapping, and what a backward pass leaves free is given back, so the system zeroes and maps the same pages again in
+    every step: a fifth of a small model's step (docs/decisions/0010-speed.md). Here tensors of up to 1 GiB come out of
+    memory that is never given back, and torch asks for huge pages. What the environment says stays as it is.
     """
     if sys.platform != "linux":
         return
@@ -25,9 +25,9 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    for option, variable in (
-        (_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_"),
-        (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_"),
+    for option, variable, value in (
+        (_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", _ONE_GIB),
+        (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", _NEVER),
     ):
         if variable not in os.environ:
-            mallopt(option, _KEPT)
+            mallopt(option, value)
