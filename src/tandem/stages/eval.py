@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from tandem.errors import Interrupted
 from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.sharing import Placement
 from tandem.models.source import check_labels
-from tandem.rewards.function import load_function
+from tandem.rewards.composition import Term, WeightedSum
+from tandem.rewards.function import RewardFunction, load_function
 from tandem.rewards.judge import Judge
 from tandem.run import Progress
 from tandem.run.disk import finite_or_none
@@ -31,6 +32,8 @@ from tandem.run.signals import Terminated, given_up_at_once
 from tandem.stages.benchmarks import check_benchmarks, run_benchmarks
 from tandem.stages.eval_answers import Answers, Speakers, answer, find_speakers
 from tandem.stages.eval_judging import Judged, comparison, judge_all, pair_records
+from tandem.stages.joint_setup import scored_by, term_names
+from tandem.stages.scoring import try_rewards
 from tandem.types import Rollout
 from tandem.view.evaluation import notes, page, tables
 
@@ -53,8 +56,7 @@ def run_eval(config: EvalConfig, progress: Progress) -> dict[str, Any]:
         _check_reward_models(config, placement)
         speakers = find_speakers(config, placement, progress)
         folder = EvalFolder(path, config)
-        if judge is not None:
-            judge.try_out()
+        _try_out(config, speakers, functions, judge)
 
         torch.manual_seed(config.run.seed)
         benchmarks = run_benchmarks(config, placement, progress)
@@ -101,6 +103,22 @@ def _check_reward_models(config: EvalConfig, placement: Placement) -> None:
         if source.model is not None:
             check_labels(source.model, f"rewards.{index}.model", placement.trust_remote_code)
             placement.tokenizer(source.model, f"rewards.{index}.model")
+
+
+def _try_out(
+    config: EvalConfig, speakers: Speakers, functions: Mapping[str, RewardFunction], judge: Judge | None
+) -> None:
+    """Let every judge that is no model of ours answer once, before anything is sampled. Raises InputError where one
+    does not."""
+    tried = [Rollout(prompt, (0,), (0.0,), " A first try.", True) for prompt in speakers.model.prompts[:3]]
+    terms = {
+        name: Term(scored_by(source, None, functions, speakers.model.tokenizer), 1.0)
+        for name, source in zip(term_names(config.rewards), config.rewards, strict=True)
+        if source.model is None
+    }
+    try_rewards(WeightedSum(terms), tried)
+    if judge is not None:
+        judge.try_out()
 
 
 def _compared(config: EvalConfig, speakers: Speakers, answers: Answers, judged: Judged) -> dict[str, Any]:
