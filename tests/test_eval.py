@@ -490,7 +490,7 @@ def test_notes_say_what_the_numbers_hide():
     said = " ".join(notes(made_summary()))
     assert "may be one of length" in said
     assert "changed its mind with the order in 40% of pairs" in said
-    assert "rm sees the model ahead of baseline, a\\|b not" in said
+    assert "rm sees the model ahead of baseline, a|b not" in said
     assert "less diverse" in said
     assert "repeats itself more" in said
 

@@ -638,6 +638,7 @@ class EvalConfig(Section):
     benchmarks: list[NonEmpty] = Field(
         [], description='tasks of lm-evaluation-harness to run on both models, such as ["hellaswag"]'
     )
+    benchmark_folder: NonEmpty | None = Field(None, description="a folder with the YAML files of tasks of your own")
     benchmark_limit: Count | None = Field(None, description="examples of each benchmark (all if unset)")
     data: PromptSourceSection
     rewards: list[RewardSource] = Field(

@@ -138,8 +138,9 @@ def impossible_evaluation(config: EvalConfig) -> Iterator[str]:
         )
     if config.best_of_n is not None and not config.rewards:
         yield "best_of_n needs a judge by score, whose best response it takes; give one in rewards, or leave it out"
-    if config.benchmark_limit is not None and not config.benchmarks:
-        yield "benchmark_limit has no effect here: it needs benchmarks; leave it out"
+    for name in ("benchmark_folder", "benchmark_limit"):
+        if getattr(config, name) is not None and not config.benchmarks:
+            yield f"{name} has no effect here: it needs benchmarks; leave it out"
     for index, source in enumerate(config.rewards):
         if source.weight != 1.0 or source.center:
             yield (

@@ -55,7 +55,8 @@ def cases() -> Iterator[Case]:
     yield Case("eval, reward model: a language model", _language_model, ("rewards.0.model = ", "sequence classifier"))
     yield Case("eval: a function that returns words", _no_number, ("reward function", "returned what is no number"))
     yield Case("eval: a folder with a run", _used, ("already holds a run or an evaluation", "--run.directory"))
-    yield Case("ppo: resume an evaluation", _resumed, ("that is an evaluation", "run it again"))
+    yield Case("ppo: resume an evaluation", _with_eval("ppo", "--resume"), ("that is an evaluation", "run it again"))
+    yield Case("view: an evaluation", _with_eval("view"), ("holds an evaluation", "its page is", "eval.md"))
 
 
 def _classifier(name: str):
@@ -77,7 +78,13 @@ def _used(world: World) -> Sequence[str]:
     return world.words("eval")
 
 
-def _resumed(world: World) -> Sequence[str]:
-    (world.folder / "run").mkdir()
-    (world.folder / "run" / "run.json").write_text('{"stage": "eval"}')
-    return ["ppo", "--resume", str(world.folder / "run")]
+def _with_eval(*words: str):
+    """The command on the folder of an evaluation."""
+
+    def make(world: World) -> Sequence[str]:
+        (world.folder / "run").mkdir()
+        (world.folder / "run" / "run.json").write_text('{"stage": "eval"}')
+        (world.folder / "run" / "config.toml").write_text('model = "m"\n')
+        return [*words, str(world.folder / "run")]
+
+    return make

@@ -75,6 +75,7 @@ class Judge:
         """Raises InputError where the endpoint cannot be asked, or the variable of its key holds none."""
         self._settings = settings
         self._key = _key_from(settings.api_key_env)
+        self.model = settings.model
         self.name = f"judge {settings.model!r} at {settings.url!r}"
         self._server = Server(
             f"{settings.url.rstrip('/')}/chat/completions",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 from tandem.config import EvalConfig
@@ -21,9 +22,9 @@ def check_benchmarks(config: EvalConfig) -> None:
             "benchmarks needs lm-evaluation-harness, which is not installed: pip install 'tandem-rlhf[benchmarks]', or "
             "leave benchmarks out."
         )
-    from lm_eval.tasks import TaskManager
-
-    known = set(TaskManager().all_tasks)
+    if config.benchmark_folder is not None and not Path(config.benchmark_folder).is_dir():
+        raise InputError(f"benchmark_folder = {config.benchmark_folder!r}: there is no such folder; mend the path.")
+    known = set(_known_tasks(config).all_tasks)
     unknown = [task for task in config.benchmarks if task not in known]
     if unknown:
         raise InputError(
@@ -44,6 +45,13 @@ def run_benchmarks(config: EvalConfig, placement: Placement, progress: Progress)
     }
 
 
+def _known_tasks(config: EvalConfig) -> Any:
+    """The harness's own tasks and those in the folder."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=config.benchmark_folder)
+
+
 def _results(source: str, config: EvalConfig, placement: Placement, progress: Progress) -> dict[str, Any]:
     import lm_eval
 
@@ -59,6 +67,7 @@ def _results(source: str, config: EvalConfig, placement: Placement, progress: Pr
                     "trust_remote_code": placement.trust_remote_code,
                 },
                 tasks=list(config.benchmarks),
+                task_manager=_known_tasks(config),
                 device=str(placement.device),
                 batch_size=config.rollout.sequences_per_batch,
                 limit=config.benchmark_limit,

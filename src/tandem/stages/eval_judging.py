@@ -69,20 +69,12 @@ def judge_all(
             score = _scorer(source, index, functions, speakers, placement)
             if index == 0 and config.best_of_n is not None:
                 sides[best_of(config.best_of_n)], known = _best(score(answers.candidates), answers, config.best_of_n)
-            scores = {side: score(rollouts) for side, rollouts in sides.items()}
+            verdicts += _by_score(name, score, sides)
             del score
             give_memory_back()
-        verdicts += [
-            Verdicts(name, side, higher_wins(scores[MODEL], theirs), scores=(scores[MODEL], theirs))
-            for side, theirs in scores.items()
-            if side != MODEL
-        ]
-    if judge is not None and config.judge is not None:
-        for side in [side for side in sides if side != MODEL]:
-            with progress.console.status(f"{judge.name} judges"):
-                found = judge.compare(answers.model, sides[side])
-            outcomes = torch.tensor([math.nan if one is None else one.outcome for one in found])
-            verdicts.append(Verdicts(config.judge.model, side, outcomes, judgements=found))
+    if judge is not None:
+        with progress.console.status(f"{judge.name} judges"):
+            verdicts += _by_chat(judge, sides, term_names(config.rewards))
     return Judged(sides, [_where(known, one) if one.against != BASELINE else one for one in verdicts])
 
 
@@ -138,6 +130,27 @@ def pair_records(judged: Judged, responses: int) -> list[dict[str, Any]]:
                 }
             )
     return records
+
+
+def _by_score(
+    name: str, score: Callable[[Sequence[Rollout]], Tensor], sides: Mapping[str, Sequence[Rollout]]
+) -> list[Verdicts]:
+    """The verdicts of a judge by score on the model's responses beside each other side's."""
+    scores = {side: score(rollouts) for side, rollouts in sides.items()}
+    ours = scores.pop(MODEL)
+    return [Verdicts(name, side, higher_wins(ours, theirs), scores=(ours, theirs)) for side, theirs in scores.items()]
+
+
+def _by_chat(judge: Judge, sides: Mapping[str, Sequence[Rollout]], taken: Sequence[str]) -> list[Verdicts]:
+    """The same of a chat endpoint, named by its model unless that name is taken."""
+    name = f"{judge.model} (chat)" if judge.model in taken else judge.model
+    verdicts = []
+    for side, theirs in sides.items():
+        if side != MODEL:
+            found = judge.compare(sides[MODEL], theirs)
+            outcomes = torch.tensor([math.nan if one is None else one.outcome for one in found])
+            verdicts.append(Verdicts(name, side, outcomes, judgements=found))
+    return verdicts
 
 
 def _scorer(

@@ -48,7 +48,7 @@ def tables(summary: Summary) -> list[Table]:
 
 def page(summary: Summary) -> str:
     """The evaluation in Markdown."""
-    parts = [f"# {_words(summary['model'])} against {_words(summary['baseline'])}\n", f"{headline(summary)}\n"]
+    parts = [f"# {one_line(summary['model'])} against {one_line(summary['baseline'])}\n", f"{headline(summary)}\n"]
     if summary["notes"]:
         parts.append("## What to mind\n\n" + "".join(f"- {note}\n" for note in summary["notes"]))
     parts += [f"## {cells.title}\n\n{_in_markdown(cells)}" for cells in _all_cells(summary)]
@@ -62,7 +62,7 @@ def headline(summary: Summary) -> str:
     found = summary["comparisons"][0]
     count = found["wins"] + found["ties"] + found["losses"]
     return (
-        f"By {_words(found['judge'])}, the model wins {_share(found['win_rate'])} of {count} comparisons with "
+        f"By {one_line(found['judge'])}, the model wins {_share(found['win_rate'])} of {count} comparisons with "
         f"the {found['against']} on {summary['prompts']} prompts; at equal length {_share(found['length_controlled'])}."
     )
 
@@ -90,7 +90,7 @@ def _notes_on_data(summary: Summary) -> Iterator[str]:
 
 
 def _notes_on_comparison(found: Mapping[str, Any]) -> Iterator[str]:
-    judge, against = _words(found["judge"]), _words(found["against"])
+    judge, against = one_line(found["judge"]), one_line(found["against"])
     raw, controlled = found["win_rate"], found["length_controlled"]
     if raw["value"] is None:
         yield f"{judge} has compared nothing with {against}."
@@ -119,13 +119,13 @@ def _notes_on_judges(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if first["judge"] != comparisons[0]["judge"] or not _ahead(first):
             continue
         doubting = [
-            _words(other["judge"])
+            one_line(other["judge"])
             for other in comparisons
             if other["against"] == first["against"] and other is not first and not _ahead(other)
         ]
         if doubting:
             yield (
-                f"{_words(first['judge'])} sees the model ahead of {_words(first['against'])}, "
+                f"{one_line(first['judge'])} sees the model ahead of {one_line(first['against'])}, "
                 f"{' and '.join(doubting)} not: if the model was trained on the first, that may be over-optimisation."
             )
 
@@ -252,13 +252,13 @@ def _samples(summary: Summary) -> str:
 
 
 def _how(summary: Summary) -> str:
-    n, responses = summary["best_of_n"], summary["responses_per_prompt"]
+    n, responses, reference = summary["best_of_n"], summary["responses_per_prompt"], one_line(summary["reference"])
     each = "one response" if responses == 1 else f"{responses} responses"
     best = f" The best of {n} is that of {n} responses of the reference, by the score of the first judge." if n else ""
     return (
         f"{each.capitalize()} of each model to each of {summary['prompts']} prompts of "
-        f"{_words(summary['prompts_file'])}, at temperature {summary['temperature']:g} and at most "
-        f"{summary['max_new_tokens']} tokens; seed {summary['seed']}.{best} Reference: {_words(summary['reference'])}. "
+        f"{one_line(summary['prompts_file'])}, at temperature {summary['temperature']:g} and at most "
+        f"{summary['max_new_tokens']} tokens; seed {summary['seed']}.{best} Reference: {reference}. "
         f"{summary['seconds']:.0f} s on {summary['device']}. Every comparison stands in pairs.jsonl, every number in "
         "summary.json; what each means and does not mean: docs/evaluation.md.\n"
     )
