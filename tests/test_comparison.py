@@ -59,19 +59,19 @@ def test_independent_responses_count_each():
 
 def test_a_clean_sweep_is_no_certainty():
     found = algo.win_rate(torch.ones(10, 4))
-    assert found.high == 1.0
+    assert found.high == pytest.approx(1.0)
     assert found.low == pytest.approx(0.7225, abs=5e-5)
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says_where_responses_are_alike():
-    random, truth, draws = torch.Generator().manual_seed(1), 0.7, 400
+    random, truth, draws = torch.Generator().manual_seed(1), 0.7, 1500
     held = held_if_independent = 0
     for _ in range(draws):
         drawn = correlated(torch.full((40, 4), truth), 0.8, random)
         found, naive = algo.win_rate(drawn), algo.win_rate(drawn.reshape(-1, 1))
         held += found.low <= truth <= found.high
         held_if_independent += naive.low <= truth <= naive.high
-    assert 0.93 <= held / draws <= 0.985
+    assert 0.935 <= held / draws <= 0.97
     assert held_if_independent / draws < 0.85
 
 
@@ -125,7 +125,7 @@ def test_a_winner_at_every_length_stays_one():
 
 
 def test_the_length_controlled_interval_holds_the_truth_as_often_as_it_says():
-    random, truth, draws, held = torch.Generator().manual_seed(4), 0.65, 300, 0
+    random, truth, draws, held = torch.Generator().manual_seed(4), 0.65, 600, 0
     for _ in range(draws):
         longer_by = torch.randn(40, 4, generator=random) * 20 + 15
         effect = torch.tanh(longer_by / longer_by.std(correction=0))

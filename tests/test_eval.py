@@ -159,13 +159,13 @@ def test_only_verdicts_that_agree_count(first, second, outcome, consistent):
 
 
 @pytest.mark.parametrize(
-    ("content", "letter"), [("[[A]]", "A"), ("[[A]] at first, but then\n[[ B ]]", "B"), ("C.", "C"), ("**B**", "B")]
+    ("content", "letter"), [("[[A]]", "A"), ("[[A]] at first, but then\n[[ B ]]", "B"), ("C.", "C"), ("**[B]**", "B")]
 )
 def test_verdicts_are_read(content, letter):
     assert verdict_of(200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).encode()) == letter
 
 
-@pytest.mark.parametrize("content", ["", "A good one is B", "[A]", "[[D]]", None, 3, ["[[A]]"]])
+@pytest.mark.parametrize("content", ["", "A good one is B", "[A] or [B]", "[[D]]", None, 3, ["[[A]]"]])
 def test_what_is_no_verdict_is_not_read_as_one(content):
     with pytest.raises(NoAnswerError) as error:
         verdict_of(200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).encode())
@@ -368,9 +368,9 @@ def test_kl_is_that_of_the_models_own_log_probabilities(tiny, other, tmp_path, r
 
         def total(model, ids=ids, start=start):
             logprobs = torch.log_softmax(model(ids).logits[0] / config.rollout.temperature, -1)
-            return logprobs[start - 1 : -1].gather(1, ids[0, start:, None]).sum()
+            return logprobs[start - 1 : -1].gather(1, ids[0, start:, None]).sum().item()
 
-        assert float(log_ratio) == pytest.approx(float(total(ours) - total(theirs)), abs=1e-3)
+        assert float(log_ratio) == pytest.approx(total(ours) - total(theirs), abs=1e-3)
 
 
 def test_the_best_of_n_is_the_best_one(tiny, tmp_path):
