@@ -36,7 +36,7 @@ TABLE = [
     ([*JUDGE, "--judge.url=http://me:secret@h/v1"], "judge.url", "use api_key_env"),
     ([*JUDGE, "--judge.prompt=which?"], "judge.prompt: lacks {prompt} and {first} and {second}"),
     ([*JUDGE, "--judge.request={model='x'}"], "judge.request: model cannot be set", "leave them out"),
-    ([*JUDGE, "--judge.request={day=2024-01-01}"], "judge.request: holds what JSON cannot"),
+    ([*JUDGE, "--judge.request={day=2024-01-01}"], "judge.request: holds what JSON has no form for"),
     ([*JUDGE, "--judge.api_key_env=NO_SUCH_KEY"], "judge.api_key_env = 'NO_SUCH_KEY'", "is not set"),
     ([*JUDGE, "--judge.retries=0"], "judge 'judge' at 'http://127.0.0.1:9/v1' did not answer", "see that it runs"),
     (["--resume", "runs/eval"], "--resume was not understood", "run it again"),

@@ -131,7 +131,7 @@ def _own_answers(
 ) -> tuple[list[Rollout], Tensor | None]:
     """The responses of the model in question, and their log-probabilities [B, T] under the rule that sampled them."""
     policy = CausalPolicy(_load(speaker, placement, progress), _rule(config))
-    rollouts = _sampled(policy, speaker, config.rollout.responses_per_prompt, config, 0, progress)
+    rollouts = _sampled(policy, speaker, "answers", config.rollout.responses_per_prompt, config, 0, progress)
     return rollouts, _logprobs(policy, rollouts, placement) if measured else None
 
 
@@ -145,11 +145,11 @@ def _other_answers(
     """
     give_memory_back()
     trunk = _load(speaker, placement, progress)
-    policy = CausalPolicy(trunk, _rule(config))
+    policy, choosing = CausalPolicy(trunk, _rule(config)), f"answers for the best of {config.best_of_n}"
     whole = CausalPolicy(trunk, replace(policy.rule, top_k=None, top_p=1.0))
     return _Heard(
-        _sampled(policy, speaker, asked.responses, config, 1, progress),
-        _sampled(policy, speaker, asked.candidates, config, 2, progress),
+        _sampled(policy, speaker, "answers", asked.responses, config, 1, progress),
+        _sampled(policy, speaker, choosing, asked.candidates, config, 2, progress),
         None if asked.measured is None else _logprobs(whole, asked.measured, placement),
     )
 
@@ -200,7 +200,13 @@ def give_memory_back() -> None:
 
 
 def _sampled(
-    policy: CausalPolicy, speaker: Speaker, times: int, config: EvalConfig, stream: int, progress: Progress
+    policy: CausalPolicy,
+    speaker: Speaker,
+    doing: str,
+    times: int,
+    config: EvalConfig,
+    stream: int,
+    progress: Progress,
 ) -> list[Rollout]:
     """So many responses to each prompt; `stream` keeps the random numbers of several speakers apart."""
     if times == 0:
@@ -209,7 +215,7 @@ def _sampled(
     generator = make_generator(policy, speaker.tokenizer, config.rollout, random)
     asked = [prompt for prompt in speaker.prompts for _ in range(times)]
     size, rollouts = config.rollout.sequences_per_batch, list[Rollout]()
-    with progress.stage(f"{speaker.key} answers", len(asked)) as shown:
+    with progress.stage(f"{speaker.key} {doing}", len(asked)) as shown:
         for start in range(0, len(asked), size):
             rollouts += generator.generate(asked[start : start + size])
             shown.advance(steps=len(asked[start : start + size]))
