@@ -498,4 +498,4 @@ def test_notes_say_what_the_numbers_hide():
 def test_a_page_cannot_be_broken_by_what_a_model_wrote():
     text = page(made_summary())
     assert "````text\n```\nout\\x1b[31m\n````" in text
-    assert "| baseline | a\\|b | 50.0% (35.0 to 65.0) |" in text
+    assert "| baseline | a\\|b | 50.0% (35.0-65.0) |" in text

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,7 +28,7 @@ _WRITING = {
     "repetition": ("repeated runs of 4 tokens", "{:.1%}"),
     "distinct_1": ("different tokens", "{:.1%}"),
     "distinct_2": ("different runs of 2 tokens", "{:.1%}"),
-    "distance_within_prompt": ("distance between responses to one prompt, 0 to 1", "{:.2f}"),
+    "distance_within_prompt": ("distance within a prompt, 0 to 1", "{:.2f}"),
 }
 _RUN_OF_BACKTICKS = re.compile("`+")
 
@@ -175,11 +176,11 @@ def _who_wins(summary: Summary) -> Cells:
             found["judge"],
             _share(found["win_rate"]),
             _share(found["length_controlled"]),
-            f"{found['wins']}, {found['ties']}, {found['losses']}",
+            f"{found['wins']}/{found['ties']}/{found['losses']}",
         ]
         for found in summary["comparisons"]
     ]
-    columns = ["model against", "judge", "wins (95% interval)", "at equal length", "won, tied, lost"]
+    columns = ["against", "judge", "wins (95%)", "at equal length", "won/tied/lost"]
     return Cells("Who wins", columns, rows)
 
 
@@ -191,7 +192,7 @@ def _scores(summary: Summary) -> Cells:
             rows.append(
                 [found["against"], found["judge"], _number(score["model"]), _number(score["other"]), difference]
             )
-    columns = ["model against", "judge", "model's score", "other's score", "difference +- standard error"]
+    columns = ["against", "judge", "model's", "other's", "difference +- s.e."]
     return Cells("Mean scores", columns, rows)
 
 
@@ -206,7 +207,7 @@ def _order(summary: Summary) -> Cells:
         for found in summary["comparisons"]
         if found["position"] is not None
     ]
-    columns = ["model against", "judge", "pairs decided by the order", "verdicts for the first shown"]
+    columns = ["against", "judge", "decided by the order", "for the first shown"]
     return Cells("Position bias", columns, rows)
 
 
@@ -216,7 +217,7 @@ def _how_they_write(summary: Summary) -> Cells:
         [words, *("-" if side[name] is None else form.format(side[name]) for side in writing.values())]
         for name, (words, form) in _WRITING.items()
     ]
-    rows.append(["KL to the reference, nats a sequence", *(_kl(summary, side) for side in writing)])
+    rows.append(["KL to reference, nats a sequence", *(_kl(summary, side) for side in writing)])
     return Cells("How they write", ["", *writing], rows)
 
 
@@ -268,7 +269,7 @@ def _share(interval: Mapping[str, float | None]) -> str:
     value, low, high = interval["value"], interval["low"], interval["high"]
     if value is None or low is None or high is None:
         return "-"
-    return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{value:.1%} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _number(value: float | None) -> str:
@@ -280,9 +281,11 @@ def _signed(value: float | None) -> str:
 
 
 def _on_terminal(cells: Cells) -> Table:
-    table = Table(title=cells.title, title_justify="left")
+    table = Table(title=cells.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(cells.columns):
-        table.add_column(escape(one_line(name)), justify="left" if number == 0 else "right")
+        table.add_column(
+            escape(one_line(name)), justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold"
+        )
     for row in cells.rows:
         table.add_row(*(escape(one_line(cell)) for cell in row))
     return table
