@@ -85,5 +85,5 @@ def _results(source: str, config: EvalConfig, placement: Placement, progress: Pr
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """A task's metrics by their names, without those that are no number."""
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    """A task's metrics, which the harness names `metric,filter`; what else stands beside them is left out."""
+    return {name: float(value) for name, value in metrics.items() if "," in name and isinstance(value, int | float)}
