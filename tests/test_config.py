@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError
 from tandem.recipe import fields_of, load_config, without_none
 
@@ -135,7 +135,8 @@ def test_every_field_is_described(kind):
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.name)
 def test_recipes_in_the_repository_are_valid(path):
-    kind = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}[path.stem.split("-")[0]]
+    kinds = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig, "eval": EvalConfig}
+    kind = kinds[path.stem.split("-")[0]]
     assert load_config(kind, path, [])
 
 

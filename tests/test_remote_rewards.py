@@ -23,8 +23,9 @@ import torch
 from tandem.cli import main
 from tandem.config import RewardSource
 from tandem.errors import InputError, RewardError
-from tandem.rewards.protocol import NoScoresError, scores_of
+from tandem.rewards.protocol import scores_of
 from tandem.rewards.remote import RemoteReward
+from tandem.rewards.server import NoAnswerError
 from tandem.run.folder import read_metrics
 from tandem.types import Prompt, Rollout
 
@@ -282,7 +283,7 @@ def test_a_longer_wait_is_asked_for_in_seconds_or_by_date():
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=20)
     asked = {"7": 7.0, format_datetime(later, usegmt=True): 20.0, "soon": 0.0, "-3": 0.0}
     for header, seconds in asked.items():
-        with pytest.raises(NoScoresError) as error:
+        with pytest.raises(NoAnswerError) as error:
             scores_of(503, {"retry-after": header}, b"", 1)
         assert error.value.wait_seconds == pytest.approx(seconds, abs=2.0 if seconds == 20 else 0)
 
@@ -336,7 +337,7 @@ def test_training_under_the_reference_server(tiny, tmp_path):
         try:
             url = server.stdout.readline().split()[-1]
             done, folder = run(tmp_path, tiny(), f"--rewards.0.url={url}", "--rewards.0.samples_per_request=4")
-            with pytest.raises(NoScoresError, match=r"400.*speaks version 1"):
+            with pytest.raises(NoAnswerError, match=r"400.*speaks version 1"):
                 ask(url, {"version": 2, "samples": []})
         finally:
             server.terminate()

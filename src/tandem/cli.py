@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from tandem import __version__
 from tandem.allocator import keep_memory
-from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, Interrupted, RunError
 from tandem.recipe import fields_of, is_finished, load_config, resumed_run
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _STAGES: dict[str, Any] = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
+_EVAL = "eval"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in _STAGES and not {"-h", "--help"} & set(words):
             return _run_stage(words[0], words[1:])
+        if words[:1] == [_EVAL] and not {"-h", "--help"} & set(words):
+            return _run_eval(words[1:])
         known, rest = _parser().parse_known_args(words)
         return int(known.run(known, rest))
     except InputError as error:
@@ -63,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     for name, kind in _STAGES.items():
         _add_stage(commands, name, kind)
+    _add_recipe_command(commands, _EVAL, EvalConfig)
     _add_generate(commands)
     _add_view(commands)
     _add_diagnose(commands)
@@ -71,7 +75,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_stage(commands: Any, name: str, kind: Any) -> None:
-    command = commands.add_parser(
+    _add_recipe_command(commands, name, kind).add_argument(
+        "--resume", metavar="RUN", help="go on with the run in this folder, by its own recipe, where it was cut short"
+    )
+
+
+def _add_recipe_command(commands: Any, name: str, kind: Any) -> argparse.ArgumentParser:
+    """A command whose settings come from a recipe; returns its parser, which is only read for its help."""
+    command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=(kind.__doc__ or "").strip().rstrip("."),
         description=(kind.__doc__ or "").strip() + " Settings come from the recipe; any of them can be given here.",
@@ -80,9 +91,7 @@ def _add_stage(commands: Any, name: str, kind: Any) -> None:
         allow_abbrev=False,
     )
     command.add_argument("recipe", nargs="?", help="a TOML file; the settings that follow override it")
-    command.add_argument(
-        "--resume", metavar="RUN", help="go on with the run in this folder, by its own recipe, where it was cut short"
-    )
+    return command
 
 
 def _settings_help(kind: Any) -> str:
@@ -98,10 +107,9 @@ def _settings_help(kind: Any) -> str:
 
 def _run_stage(name: str, words: Sequence[str]) -> int:
     run, words = resumed_run(name, words)
-    has_recipe = bool(words) and not words[0].startswith("-")
-    if run is not None and has_recipe:
+    recipe, overrides = _recipe_and_settings(words)
+    if run is not None and recipe is not None:
         raise InputError(f"--resume {run} goes on with the run's own recipe, so {words[0]!r} was not understood.")
-    recipe, overrides = (Path(words[0]), words[1:]) if has_recipe else (None, words)
     if run is not None:
         recipe = run / "config.toml"
         if is_finished(run) and not overrides:
@@ -109,13 +117,41 @@ def _run_stage(name: str, words: Sequence[str]) -> int:
             return DONE
     config = load_config(_STAGES[name], recipe, overrides)
     directory = str(run) if run is not None else config.run.directory.replace("{stage}", name)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
+    config = _kept_in(directory, config)
     summary = _with_progress(lambda progress: _within_memory(name, config, progress, resume=run is not None))
     print(f"{directory}: {_result(summary)}")
     if summary.get("health"):
         names = ", ".join(dict.fromkeys(finding["rule"] for finding in summary["health"]))
         print(f"{directory}: not all was well ({names}); see: tandem diagnose {directory}")
     return INTERRUPTED if summary["interrupted"] else DONE
+
+
+def _recipe_and_settings(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
+    """The recipe, if the first word is none of the settings, and the settings."""
+    return (Path(words[0]), words[1:]) if words and not words[0].startswith("-") else (None, words)
+
+
+def _kept_in(directory: str, config: Any) -> Any:
+    return config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
+
+
+def _run_eval(words: Sequence[str]) -> int:
+    if any(word.partition("=")[0] == "--resume" for word in words):
+        raise InputError("--resume was not understood: an evaluation keeps nothing to go on from; run it again.")
+    config = load_config(EvalConfig, *_recipe_and_settings(words))
+    directory = config.run.directory.replace("{stage}", _EVAL)
+    config = _kept_in(directory, config)
+
+    def work(progress: Progress) -> None:
+        from tandem.run.memory import evaluation_knobs, memory_limits
+        from tandem.stages.eval import run_eval
+
+        with memory_limits("tandem eval", lambda: 0, evaluation_knobs(config)):
+            run_eval(config, progress)
+
+    _with_progress(work)
+    print(f"{directory}: see eval.md, summary.json and pairs.jsonl.")
+    return DONE
 
 
 def _within_memory(name: str, config: Any, progress: Progress, *, resume: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A configuration is frozen. Names carry their unit; a field's description is what
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tandem.consistency import impossible, without_effect
+from tandem.consistency import impossible, impossible_evaluation, without_effect
 
 _LONGEST_NAME = 255
 
@@ -35,6 +36,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Passes = Annotated[float, Field(gt=0, le=10_000)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_possible_name)]
 
 
@@ -42,11 +44,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class RunSection(Section):
-    """Where the run is kept."""
+class FolderSection(Section):
+    """Where what is done is kept."""
 
     directory: NonEmpty = Field("runs/{stage}", description="the run's folder; {stage} is the command's name")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
+
+
+class RunSection(FolderSection):
+    """Where a training run is kept, and how it ends."""
+
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         ["tensorboard"], description="where metrics go besides metrics.jsonl"
     )
@@ -248,13 +255,11 @@ class DpoConfig(Section):
         return self
 
 
-class PromptsSection(Section):
+class PromptSourceSection(Section):
     """Prompts in."""
 
     prompts: NonEmpty = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
-    eval_prompts: NonEmpty | None = Field(None, description="held-out prompts, measured before and after")
     split: NonEmpty = Field("train", description="split of prompts, where they are a hub data set")
-    eval_split: NonEmpty = Field("test", description="split of eval_prompts, where they are a hub data set")
     columns: dict[str, str] = Field({}, description="standard name -> name in the data, for other conventions")
     max_prompt_tokens: Count = Field(1024, description="longest prompt")
     too_long: Literal["refuse", "drop"] = Field(
@@ -262,10 +267,16 @@ class PromptsSection(Section):
     )
 
 
-class RolloutSection(Section):
+class PromptsSection(PromptSourceSection):
+    """Prompts in, to train on and to measure on."""
+
+    eval_prompts: NonEmpty | None = Field(None, description="held-out prompts, measured before and after")
+    eval_split: NonEmpty = Field("test", description="split of eval_prompts, where they are a hub data set")
+
+
+class SamplingSection(Section):
     """How responses are sampled."""
 
-    prompts_per_step: Count = Field(32, description="prompts in one step")
     responses_per_prompt: Count = Field(1, description="responses sampled for each prompt")
     max_new_tokens: Count = Field(128, description="longest response")
     temperature: Temperature = Field(1.0, description="divides the logits, here and in every log-probability")
@@ -274,6 +285,12 @@ class RolloutSection(Section):
         1.0, description="sample among the likeliest tokens that together reach this probability"
     )
     sequences_per_batch: Count = Field(64, description="rows that decode together")
+
+
+class RolloutSection(SamplingSection):
+    """How the responses of a step are sampled."""
+
+    prompts_per_step: Count = Field(32, description="prompts in one step")
     recompute_logprobs: Literal["auto", "always"] = Field(
         "auto",
         description="auto: the log-probabilities of sampling are the policy's before the update, where an eighth of a "
@@ -594,6 +611,101 @@ class PpoConfig(Section):
     def _possible(self) -> Self:
         problems = [*impossible(self), *without_effect(self, PRESETS.get(self.preset or "", {}))]
         if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+JUDGE_PLACES = ("{prompt}", "{first}", "{second}")
+
+
+class JudgeSection(Section):
+    """A judge behind an OpenAI-compatible chat endpoint, shown every pair in both positions."""
+
+    url: NonEmpty = Field(description="the endpoint's base address, such as http://localhost:8000/v1")
+    model: NonEmpty = Field(description="the judging model, by the name that the endpoint has for it")
+    prompt: NonEmptyText | None = Field(
+        None,
+        description="what the judge is asked, with {prompt}, {first} and {second} where they belong; it must ask for "
+        "[[A]], [[B]] or [[C]] (a tie). Unset: which is more helpful, accurate, relevant and well written",
+    )
+    api_key_env: NonEmpty | None = Field(
+        None, description="the environment variable that holds the key; the key itself is written nowhere"
+    )
+    request: dict[str, Any] = Field(
+        {"temperature": 0.0}, description="further fields of every request, such as {max_tokens = 500}"
+    )
+    timeout_seconds: Positive = Field(120.0, description="longest that one request may take")
+    retries: int = Field(4, ge=0, description="further tries of a request that was not answered well")
+    requests_at_once: Count = Field(8, description="most requests that are on their way together")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail",
+        description="fail: a pair without a verdict ends the evaluation. skip: it is left out and counted",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _base_address(cls, url: str) -> str:
+        if not _is_web_address(url):
+            raise ValueError(f"{url!r} is no address of a server; give http://host:port/v1 or https://...")
+        parts = urlsplit(url)
+        if parts.username or parts.password:
+            raise ValueError("the address holds a user name or password, which would be written down; use api_key_env")
+        if parts.path.rstrip("/").endswith("/chat/completions"):
+            raise ValueError(f"{url!r}: leave /chat/completions out; it is added")
+        return url
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_places(cls, prompt: str | None) -> str | None:
+        missing = [place for place in JUDGE_PLACES if prompt is not None and place not in prompt]
+        if missing:
+            raise ValueError(f"lacks {' and '.join(missing)}; the judge must see the prompt and both responses")
+        return prompt
+
+    @field_validator("request")
+    @classmethod
+    def _no_own_fields(cls, request: dict[str, Any]) -> dict[str, Any]:
+        own = sorted({"model", "messages", "stream", "n"} & request.keys())
+        if own:
+            raise ValueError(f"{' and '.join(own)} cannot be set: the evaluation sets them; leave them out")
+        try:
+            json.dumps(request, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"holds what JSON has no form for ({error}); give texts, numbers, lists and tables"
+            ) from None
+        return request
+
+
+class EvalConfig(Section):
+    """Whether a model is better than another one: both answer held-out prompts, and judges compare."""
+
+    model: NonEmpty = Field(description="directory or hub id of the model in question")
+    baseline: NonEmpty = Field(description="directory or hub id of the model that it is compared with")
+    reference: NonEmpty | None = Field(
+        None, description="the model that KL is measured to and best_of_n samples from (baseline if unset)"
+    )
+    best_of_n: Annotated[int, Field(ge=2, le=1024)] | None = Field(
+        None,
+        description="compare with the best of so many responses of the reference too, by the score of the first reward",
+    )
+    benchmarks: list[NonEmpty] = Field(
+        [], description='tasks of lm-evaluation-harness to run on both models, such as ["hellaswag"]'
+    )
+    benchmark_folder: NonEmpty | None = Field(None, description="a folder with the YAML files of tasks of your own")
+    benchmark_limit: Count | None = Field(None, description="examples of each benchmark (all if unset)")
+    data: PromptSourceSection
+    rewards: list[RewardSource] = Field(
+        [], description="judges by score, each by itself: the response with the higher score wins"
+    )
+    judge: JudgeSection | None = Field(None, description="a judge behind a chat endpoint")
+    rollout: SamplingSection = SamplingSection()
+    run: FolderSection = FolderSection()
+    compute: ComputeSection = ComputeSection()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if problems := list(impossible_evaluation(self)):
             raise ValueError("; ".join(problems))
         return self
 

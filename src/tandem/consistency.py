@@ -1,12 +1,12 @@
-"""What a joint recipe cannot say together, and what it says in vain."""
+"""What the recipe of a joint run or of an evaluation cannot say together, and what it says in vain."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.config import PpoConfig, RewardSource, Section
+    from tandem.config import EvalConfig, PpoConfig, RewardSource, Section
 
 # Whether it applies, the section and its name, the fields that it concerns, and why they have no effect.
 Idle = tuple[bool, "Section", str, list[str], str]
@@ -126,6 +126,31 @@ def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str
         (config.kl.target is None, config.kl, "kl", ["horizon"], "it needs kl.target"),
         *_idle_in_rewards(config.rewards),
     ]
+    yield from _changed_in_vain(idle, preset)
+
+
+def impossible_evaluation(config: EvalConfig) -> Iterator[str]:
+    """What the recipe of an evaluation cannot have together, and what has no effect in it."""
+    if not config.rewards and config.judge is None:
+        yield (
+            "nobody judges; give a reward model (--rewards.0.model DIR), a function (--rewards.0.function FILE:NAME), "
+            "a reward server (--rewards.0.url URL) or a chat endpoint (--judge.url URL --judge.model NAME)"
+        )
+    if config.best_of_n is not None and not config.rewards:
+        yield "best_of_n needs a judge by score, whose best response it takes; give one in rewards, or leave it out"
+    for name in ("benchmark_folder", "benchmark_limit"):
+        if getattr(config, name) is not None and not config.benchmarks:
+            yield f"{name} has no effect here: it needs benchmarks; leave it out"
+    for index, source in enumerate(config.rewards):
+        if source.weight != 1.0 or source.center:
+            yield (
+                f"rewards.{index}.weight and center have no effect here: each reward judges by itself, by which of two "
+                "scores is higher; leave them out"
+            )
+    yield from _changed_in_vain(_idle_in_rewards(config.rewards), {})
+
+
+def _changed_in_vain(idle: Iterable[Idle], preset: Mapping[str, Any]) -> Iterator[str]:
     for applies, section, name, fields, why in idle:
         for field in fields:
             default = preset.get(name, {}).get(field, type(section).model_fields[field].default)

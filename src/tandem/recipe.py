@@ -15,12 +15,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError
 
 RECORD = "run.json"
 
-StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, DpoConfig, PpoConfig)
+StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, DpoConfig, PpoConfig, EvalConfig)
 
 
 def load_config(kind: type[StageConfig], recipe: Path | None, overrides: Sequence[str]) -> StageConfig:
@@ -54,6 +54,8 @@ def resumed_run(stage: str, words: Sequence[str]) -> tuple[Path | None, list[str
         named = rest.pop(at)
     run = Path(named)
     found = read_record(run)["stage"]
+    if found == "eval":
+        raise InputError(f"--resume {named}: that is an evaluation, which keeps nothing to go on from; run it again.")
     if found != stage:
         raise InputError(f"--resume {named}: that is a run of another stage; go on by tandem {found} --resume {named}.")
     return run, rest

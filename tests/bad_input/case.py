@@ -11,9 +11,10 @@ GOOD_ROWS = {
     "reward": b'{"prompt": "the sea", "chosen": " was good", "rejected": " was bad"}\n'
     b'{"prompt": "a film", "chosen": " was good", "rejected": " was bad"}\n',
     "ppo": b'{"prompt": "the sea"}\n{"prompt": "a film"}\n',
+    "eval": b'{"prompt": "the sea"}\n{"prompt": "a film"}\n',
 }
-SOURCE = {"sft": "data.train", "reward": "data.train", "ppo": "data.prompts"}
-MODEL = {"sft": "model", "reward": "model", "ppo": "policy.model"}
+SOURCE = {"sft": "data.train", "reward": "data.train", "ppo": "data.prompts", "eval": "data.prompts"}
+MODEL = {"sft": "model", "reward": "model", "ppo": "policy.model", "eval": "model"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class World:
         return path
 
     def words(self, stage: str, **replaced: object) -> list[str]:
-        """A command line that would run, but for what is replaced: `model`, `data`, `reward`, `directory`."""
+        """A command line that would run, but for what is replaced: `model`, `data`, `reward`, `baseline`,
+        `directory`."""
         data = replaced.get("data") or self.write("good.jsonl", GOOD_ROWS[stage])
         given = {
             MODEL[stage]: replaced.get("model", self.model),
@@ -40,6 +42,9 @@ class World:
         if stage == "ppo":
             given["rewards.0.model"] = replaced.get("reward", self.reward_model)
             given |= {"steps": 1, "rollout.max_new_tokens": 4, "rollout.prompts_per_step": 2}
+        if stage == "eval":
+            given |= {"baseline": replaced.get("baseline", self.model), "rollout.max_new_tokens": 4}
+            given["rewards.0.model"] = replaced.get("reward", self.reward_model)
         return [stage, *(f"--{key}={value}" for key, value in given.items())]
 
 

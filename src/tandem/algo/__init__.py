@@ -1,10 +1,20 @@
-"""The mathematics of the joint stage: pure functions on tensors, nothing but torch behind them.
+"""The mathematics of the joint stage and of evaluation: pure functions on tensors, nothing but torch behind them.
 
 Per-token arguments are [B, T] over response tokens with a bool mask of the same shape. A loss returns the *sum*
 over tokens; divide by the count over the whole minibatch, so that gradients know nothing of micro-batches.
 """
 
 from tandem.algo.advantages import gae, length_adaptive_lambda, token_rewards, whiten
+from tandem.algo.comparison import (
+    ClusteredMean,
+    Interval,
+    best_of_n_kl_bound,
+    clustered_mean,
+    effective_comparisons,
+    fit_logistic,
+    length_controlled_win_rate,
+    win_rate,
+)
 from tandem.algo.critic import (
     CalibrationGroup,
     calibration,
@@ -15,6 +25,7 @@ from tandem.algo.critic import (
     explained_variance_by_position,
     optimality_certificate,
 )
+from tandem.algo.diversity import distance_between, distinct_ngrams
 from tandem.algo.histogram import Histogram, histogram_value_loss
 from tandem.algo.kl import AdaptiveKl, KlEstimator, kl_estimate
 from tandem.algo.losses import (
@@ -46,28 +57,37 @@ __all__ = [
     "ByLength",
     "CalibrationGroup",
     "ClippedLoss",
+    "ClusteredMean",
     "Histogram",
+    "Interval",
     "KlEstimator",
     "RunningMoments",
     "Sums",
     "a2c_policy_loss",
     "accuracy_by_length",
+    "best_of_n_kl_bound",
     "book_policy_loss",
     "calibration",
     "calibration_error",
     "centring_loss",
     "clipped_value_loss",
+    "clustered_mean",
     "correlation",
     "credit_by_position",
+    "distance_between",
+    "distinct_ngrams",
     "dpo_loss",
+    "effective_comparisons",
     "explained_variance",
     "explained_variance_by_position",
+    "fit_logistic",
     "gae",
     "histogram_value_loss",
     "importance_weights",
     "ipo_loss",
     "kl_estimate",
     "length_adaptive_lambda",
+    "length_controlled_win_rate",
     "masked_mean",
     "masked_std",
     "masked_sum",
@@ -87,4 +107,5 @@ __all__ = [
     "truncate",
     "value_loss",
     "whiten",
+    "win_rate",
 ]

@@ -118,7 +118,7 @@ def build_joint(
     if config.sharing.mode == "head":
         return _head(config, sources, tokenizer, placement)
     models = _separate(config, sources, tokenizer, placement)
-    return models, {source: _load_reward(source, reward_key(config, source), placement) for source in sources}
+    return models, {source: load_reward(source, reward_key(config, source), placement) for source in sources}
 
 
 def _rule(config: PpoConfig) -> SamplingRule:
@@ -185,7 +185,7 @@ def _head(
         adapter, parameters, reference_trunk = "policy", trunk.add_adapter("policy", config.adapters), trunk
         trunk.share_below("policy")
     else:
-        rewards = {source: _load_reward(source, reward_key(config, source), placement) for source in sources}
+        rewards = {source: load_reward(source, reward_key(config, source), placement) for source in sources}
         adapter, parameters = None, list(trunk.model.requires_grad_(True).parameters())
         reference_trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
     policy = CausalPolicy(trunk, _rule(config), adapter)
@@ -205,7 +205,7 @@ def _rewards_beside(
     """Reward models as adapters of the policy's trunk where they are such, else as models of their own."""
     return {
         source: _reward_on_trunk(source, f"reward{index}", config.policy.model, trunk, tokenizer, placement)
-        or _load_reward(source, reward_key(config, source), placement)
+        or load_reward(source, reward_key(config, source), placement)
         for index, source in enumerate(sources)
     }
 
@@ -284,7 +284,8 @@ def reward_key(config: PpoConfig, source: str) -> str:
     return next(f"rewards.{number}.model" for number, one in enumerate(config.rewards) if one.model == source)
 
 
-def _load_reward(source: str, key: str, placement: Placement) -> RewardModel:
+def load_reward(source: str, key: str, placement: Placement) -> RewardModel:
+    """A reward model by itself. Raises InputError where it cannot be loaded or is no one-label classifier."""
     tokenizer = placement.tokenizer(source, key)
     model = placement.scalar(source, key)
     scorer: Scorer

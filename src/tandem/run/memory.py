@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, RunError, is_out_of_memory
 from tandem.run.space import readable
 
@@ -60,6 +60,19 @@ def training_knobs(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> 
     if not isinstance(config, PpoConfig):
         tokens[f"data.max_tokens = {config.data.max_tokens}"] = "lower it"
     return tokens | _model_knobs(config)
+
+
+def evaluation_knobs(config: EvalConfig) -> dict[str, str]:
+    """What an evaluation takes its memory for: one model at a time, the rows that decode together, a micro-batch."""
+    rollout, compute = config.rollout, config.compute
+    knobs = {
+        f"rollout.sequences_per_batch = {rollout.sequences_per_batch}": "lower it",
+        f"rollout.max_new_tokens = {rollout.max_new_tokens}": "lower it",
+        f"compute.tokens_per_microbatch = {compute.tokens_per_microbatch}": "lower it",
+    }
+    if compute.precision != "bfloat16":
+        knobs[f'compute.precision = "{compute.precision}"'] = 'set "bfloat16"'
+    return knobs
 
 
 def _model_knobs(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> dict[str, str]:

@@ -16,13 +16,19 @@ import tandem
 from tandem.config import CheckpointSection, RunSection
 from tandem.errors import InputError
 
-_INPUTS = {"model", "function", "train", "eval", "prompts", "eval_prompts", "rollouts"}
+_INPUTS = {"model", "baseline", "reference", "function", "train", "eval", "prompts", "eval_prompts", "rollouts"}
 _WHOLE = 2**26
 _EDGE = 2**20
 
 
-class Recipe(Protocol):
-    """What any stage's configuration says about its run."""
+class Settings(Protocol):
+    """Any command's configuration."""
+
+    def model_dump(self) -> dict[str, Any]: ...
+
+
+class Recipe(Settings, Protocol):
+    """What any training stage's configuration says about its run."""
 
     @property
     def run(self) -> RunSection: ...
@@ -30,10 +36,8 @@ class Recipe(Protocol):
     @property
     def checkpoints(self) -> CheckpointSection: ...
 
-    def model_dump(self) -> dict[str, Any]: ...
 
-
-def record_of(stage: str, config: Recipe) -> dict[str, Any]:
+def record_of(stage: str, config: Settings) -> dict[str, Any]:
     """What `run.json` holds; `identity` is what trackers know the run by."""
     identity = secrets.token_hex(4)
     return {

@@ -14,6 +14,25 @@ class Terminated(BaseException):
     """SIGTERM came, and what is at hand is given up for it."""
 
 
+@contextmanager
+def given_up_at_once() -> Iterator[None]:
+    """For work that leaves nothing behind until its end: within it SIGTERM raises Terminated wherever it stands, as
+    Ctrl-C raises KeyboardInterrupt."""
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, give_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Signals:
     """Within it, a first Ctrl-C only sets `requested`; a second one stops at once, by KeyboardInterrupt.
 

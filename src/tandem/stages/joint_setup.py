@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import KlSection, PpoConfig, RewardSource, term_names
+from tandem.config import KlSection, PpoConfig, RewardSource, SamplingSection, term_names
 from tandem.data.prompts import PromptLimits, read_prompts
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
@@ -18,7 +18,7 @@ from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.saving import save_policy, save_scalar
 from tandem.models.sharing import JointModels, Placement, RewardModel, build_joint, reward_key
 from tandem.models.source import check_labels, layer_count, positions, read_config
-from tandem.rewards.composition import Term, WeightedSum
+from tandem.rewards.composition import Earned, Term, WeightedSum
 from tandem.rewards.function import FunctionReward, RewardFunction, load_function
 from tandem.rewards.model import ModelReward
 from tandem.rewards.remote import RemoteReward
@@ -95,7 +95,7 @@ class JointStage:
     def fresh_generator(self, config: PpoConfig) -> Generator:
         """One with a random state of its own, the same every time, that leaves training's alone."""
         random = torch.Generator(device=self.placement.device).manual_seed(config.run.seed + 1)
-        return make_generator(self.models.policy, self.tokenizer, config, random)
+        return make_generator(self.models.policy, self.tokenizer, config.rollout, random)
 
     def save(self, folder: RunFolder) -> None:
         policy = self.models.policy
@@ -122,7 +122,7 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
     check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
     sampling = torch.Generator(device=device).manual_seed(config.run.seed)
-    generator = make_generator(models.policy, tokenizer, config, sampling)
+    generator = make_generator(models.policy, tokenizer, config.rollout, sampling)
     reward = WeightedSum(reward_terms(config.rewards, reward_models, functions, tokenizer))
     if offsets is None:
         reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress)
@@ -151,17 +151,25 @@ def reward_terms(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Term]:
     """The terms of the reward by the names that metrics call them by."""
-    terms: dict[str, Term] = {}
-    for source, name in zip(sources, term_names(sources), strict=True):
-        if source.model is not None:
-            model = models[source.model]
-            scored = ModelReward(model.scorer, model.tokenizer, source.model, model.context, source.on_error)
-            terms[name] = Term(scored, source.weight)
-        elif source.function is not None:
-            terms[name] = Term(FunctionReward(functions[source.function], source, decoder(tokenizer)), source.weight)
-        else:
-            terms[name] = Term(RemoteReward(source, decoder(tokenizer)), source.weight)
-    return terms
+    return {
+        name: Term(scored_by(source, models.get(source.model or ""), functions, tokenizer), source.weight)
+        for name, source in zip(term_names(sources), sources, strict=True)
+    }
+
+
+def scored_by(
+    source: RewardSource,
+    model: RewardModel | None,
+    functions: Mapping[str, RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Callable[[Sequence[Rollout]], Earned]:
+    """What scores for one source of reward: the model that was loaded for it, its function, or its server."""
+    if source.model is not None:
+        assert model is not None
+        return ModelReward(model.scorer, model.tokenizer, source.model, model.context, source.on_error)
+    if source.function is not None:
+        return FunctionReward(functions[source.function], source, decoder(tokenizer))
+    return RemoteReward(source, decoder(tokenizer))
 
 
 def centred_on_reference(
@@ -180,7 +188,7 @@ def centred_on_reference(
     if not names:
         return reward
     sampling = torch.Generator(device=models.policy.device).manual_seed(config.run.seed + 2)
-    generator = make_generator(models.policy, tokenizer, config, sampling)
+    generator = make_generator(models.policy, tokenizer, config.rollout, sampling)
     count = config.score.reference_samples
     rollouts = generator.generate(random.Random(config.run.seed).choices(prompts, k=count))
     with refused_before_training():
@@ -289,13 +297,13 @@ def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, Val
 
 
 def make_generator(
-    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, config: PpoConfig, random: torch.Generator
+    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, rollout: SamplingSection, random: torch.Generator
 ) -> TorchGenerator:
     return TorchGenerator(
         policy,
         decoder(tokenizer),
         policy.stop_ids(tokenizer),
-        max_new_tokens=config.rollout.max_new_tokens,
-        sequences_per_batch=config.rollout.sequences_per_batch,
+        max_new_tokens=rollout.max_new_tokens,
+        sequences_per_batch=rollout.sequences_per_batch,
         random=random,
     )

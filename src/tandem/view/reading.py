@@ -56,7 +56,7 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read what there is. Raises InputError where the folder is none, or no run has written in it."""
+    """Read what there is. Raises InputError where the folder is none, or no training run has written in it."""
     try:
         if not path.is_dir():
             raise InputError(f"{path} is no folder; give the folder of a run, such as runs/ppo.")
@@ -66,6 +66,8 @@ def read_run(path: Path) -> RunRecord:
         raise InputError(f"{path} cannot be read: {error.strerror}; give the folder of a run.") from None
     config, summary = _read_toml(path / CONFIG), read_json(path / SUMMARY)
     stage = summary.get("stage") or read_json(path / RECORD).get("stage") or _stage_of(config)
+    if stage == "eval":
+        raise InputError(f"{path} holds an evaluation, which has no steps to look at; its page is {path / 'eval.md'}.")
     return RunRecord(path, str(stage), config, _read_metrics(path / METRICS), summary)
 
 
