@@ -14,6 +14,24 @@ class Terminated(BaseException):
     """SIGTERM came, and what is at hand is given up for it."""
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Around several pieces of work: where none of them listens to it, SIGTERM raises Terminated at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Signals:
     """Within it, a first Ctrl-C only sets `requested`; a second one stops at once, by KeyboardInterrupt.
 
@@ -42,6 +60,9 @@ class Signals:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        before = self._before.get(signal.SIGTERM)
+        if self.terminating and kind is None and callable(before):
+            before(signal.SIGTERM, None)
 
     def end_if_terminating(self) -> None:
         """Between two pieces of work: raises Terminated where SIGTERM has come."""
