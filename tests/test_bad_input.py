@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bad_input import models, recipes, rows, settings, surroundings
+from bad_input import models, pipelines, recipes, rows, settings, surroundings
 from bad_input.case import Case, World
 from tandem.cli import main
 
-CASES = [case for table in (settings, recipes, rows, models, surroundings) for case in table.cases()]
+CASES = [case for table in (settings, recipes, rows, models, surroundings, pipelines) for case in table.cases()]
 
 
 @pytest.fixture

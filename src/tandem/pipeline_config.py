@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -129,7 +130,7 @@ class PipelineConfig(Section):
         return [stage for stage in _KINDS if getattr(self, stage) is not None]
 
     def folder_of(self, stage: str) -> str:
-        return f"{self.run.directory}/{stage}"
+        return str(Path(self.run.directory) / stage)
 
     def start_of(self, stage: str) -> str:
         """The model that a stage starts from."""
@@ -160,7 +161,7 @@ def _impossible(config: PipelineConfig) -> Iterator[str]:
     if ppo is not None and dpo is not None:
         yield "ppo and dpo are both there, and a pipeline ends in one of them; leave one out"
         return
-    if ppo is None and reward is not None:
+    if dpo is not None and reward is not None:
         yield "reward has no effect here: dpo learns with no reward model between; leave it out"
     if ppo is not None:
         yield from _impossible_rewards(config, reward, ppo)

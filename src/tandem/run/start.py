@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import InputError
-from tandem.recipe import flat, read_record, without_none
+from tandem.recipe import flat, read_record, read_toml, without_none
 from tandem.run.checkpoints import Snapshot, newest_good, remove_partial
 from tandem.run.progress import Progress
 from tandem.run.record import Recipe, check_inputs, differences, record_of
@@ -63,7 +62,7 @@ class Changed:
 
 def changed_settings(path: Path, config: Recipe) -> list[Changed]:
     """What the recipe says that it did not say when the run was last saved: `steps 100 -> 200`."""
-    before = flat(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+    before = flat(read_toml(path / "config.toml"))
     now = flat(without_none(config.model_dump()))
     names = [name for name in {**before, **now} if name != "run.directory" and before.get(name) != now.get(name)]
     return [Changed(name, before.get(name, "unset"), now.get(name, "unset")) for name in names]

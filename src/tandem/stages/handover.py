@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ class Check:
     numbers: Mapping[str, float]
     remedy: str
 
+    def as_record(self) -> dict[str, Any]:
+        """As it stands in the summary, with the remedy only where one is needed."""
+        return asdict(self) if self.held is False else asdict(replace(self, remedy=""))
+
 
 def checks_before(stage: str, config: PipelineConfig) -> Iterator[Check]:
     """What the joint stage must be handed: reward models that are better than a coin, made from its own start."""
@@ -40,7 +44,7 @@ def checks_before(stage: str, config: PipelineConfig) -> Iterator[Check]:
         return
     own = f"{config.folder_of('reward')}/model"
     for source, name in zip(recipe.rewards, term_names(recipe.rewards), strict=True):
-        if source.model is not None:
+        if source.model is not None and source.weight != 0:
             yield accuracy(source.model, f"{name} -> ppo", config, is_own=source.model == own)
         if source.model == own:
             yield same_start(config)

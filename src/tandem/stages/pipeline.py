@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +158,12 @@ def what_changed(recipe: StageRecipe, folder: Path, config: PipelineConfig) -> l
 
     Where an earlier stage's model stands does not count, since a pipeline may be moved; what is in it does.
     """
-    inside = f"{config.run.directory}/"
-    told = [
-        one
-        for one in changed_settings(folder, recipe)
-        if not one.name.startswith(_ANY_WILL_DO) and not str(one.now).startswith(inside)
-    ]
+
+    def is_place(one: Changed) -> bool:
+        return one.name.endswith("model") and Path(str(one.now)).is_relative_to(config.run.directory)
+
+    changed = changed_settings(folder, recipe)
+    told = [one for one in changed if not one.name.startswith(_ANY_WILL_DO) and not is_place(one)]
     given = changed_inputs(read_record(folder), recipe, moved=True)
     return [*told, *(Changed(name, "its files", "other files of that name") for name in given)]
 
@@ -207,6 +206,6 @@ def summed_up(
             }
             for stage, result in results.items()
         ],
-        "handovers": [asdict(check) for check in checks],
+        "handovers": [check.as_record() for check in checks],
         "answers": list(answers),
     }
