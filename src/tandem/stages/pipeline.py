@@ -84,14 +84,17 @@ def write_down(config: PipelineConfig, path: Path) -> None:
 @contextmanager
 def told_how_to_go_on(path: Path) -> Iterator[None]:
     """Where the pipeline is ended outside of a stage's steps, which tell it themselves, this does."""
-    again = f"What is done stays; go on with: tandem pipeline --resume {path}"
     try:
         with ended_by_sigterm():
             yield
     except Terminated:
-        raise Interrupted(f"ended by SIGTERM. {again}") from None
+        raise Interrupted(f"ended by SIGTERM. {way_on(path)}") from None
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped. {again}") from None
+        raise Interrupted(f"stopped. {way_on(path)}") from None
+
+
+def way_on(path: Path) -> str:
+    return f"What is done stays; go on with: tandem pipeline --resume {path}"
 
 
 def run_stages(config: PipelineConfig, path: Path, progress: Progress) -> dict[str, Any]:
@@ -126,53 +129,48 @@ def hold(found: Iterable[Check], checks: list[Check], path: Path, progress: Prog
     for check in found:
         checks.append(check)
         if check.held is False:
-            raise RunError(
-                f"{check.where}: {check.said}; {check.remedy} What is done stays; go on with: tandem pipeline "
-                f"--resume {path}"
-            )
+            raise RunError(f"{check.where}: {check.said}; {check.remedy} {way_on(path)}")
         progress.say(f"{check.where}: {check.said}")
 
 
 def run_stage(stage: str, config: PipelineConfig, path: Path, progress: Progress) -> dict[str, Any]:
     """Bring a stage to its end: from its beginning, from where it was cut short, or not at all where it is finished.
 
-    One that was made from other data, or models, or is finished by another recipe, is set aside and done again.
+    One that was made from other data or models, or is finished by another recipe, is set aside and done again.
     """
     recipe, folder = config.recipe_of(stage), path / stage
-    begun = steps_in(folder) > 0
-    changed = [] if not begun else what_changed(recipe, folder, config)
-    if begun and is_finished(folder) and not changed:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        progress.say(f"{stage} is finished: {reached(summary)}")
-        return summary
-    if changed and not goes_on_by(changed, is_finished(folder)):
-        kept = set_aside(folder)
-        progress.say(f"{stage} is done again ({'; '.join(map(str, changed))}); what there was is kept as {kept}")
-        begun = False
+    begun, finished = steps_in(folder) > 0, is_finished(folder)
+    if begun:
+        told = told_otherwise(recipe, folder, config)
+        given = changed_inputs(read_record(folder), recipe, moved=True)
+        if finished and not told and not given:
+            summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            progress.say(f"{stage} is finished: {reached(summary)}")
+            return summary
+        if given or (finished and not only_longer(told)):
+            why = "; ".join([*map(str, told), *(f"{name} has other content" for name in given)])
+            progress.say(f"{stage} is done again ({why}); what there was is kept as {set_aside(folder)}")
+            begun = False
     with of_stage(stage, path), memory_limits(f"tandem {stage}", lambda: steps_in(folder), training_knobs(recipe)):
         return _RUN[stage](recipe, progress, resume=begun)
 
 
-def what_changed(recipe: StageRecipe, folder: Path, config: PipelineConfig) -> list[Changed]:
-    """What a stage is told or given that is not as it was when its folder was written.
+def told_otherwise(recipe: StageRecipe, folder: Path, config: PipelineConfig) -> list[Changed]:
+    """Settings that let a stage learn something else than when its folder was written.
 
-    Where an earlier stage's model stands does not count, since a pipeline may be moved; what is in it does.
+    Where an earlier stage's model stands is none of them, since a pipeline may be moved.
     """
 
     def is_place(one: Changed) -> bool:
         return one.name.endswith("model") and Path(str(one.now)).is_relative_to(config.run.directory)
 
     changed = changed_settings(folder, recipe)
-    told = [one for one in changed if not one.name.startswith(_ANY_WILL_DO) and not is_place(one)]
-    given = changed_inputs(read_record(folder), recipe, moved=True)
-    return [*told, *(Changed(name, "its files", "other files of that name") for name in given)]
+    return [one for one in changed if not one.name.startswith(_ANY_WILL_DO) and not is_place(one)]
 
 
-def goes_on_by(changed: Sequence[Changed], finished: bool) -> bool:
-    """Whether a run can go on in spite of the changes, as by its stage's own --resume: a finished one by more steps."""
-    if any(one.before == "its files" for one in changed):
-        return False
-    return not finished or all(one.name in ("steps", "epochs") and one.now > one.before for one in changed)
+def only_longer(told: Sequence[Changed]) -> bool:
+    """Whether a finished run is only to train on, as its stage's own --resume lets it."""
+    return all(one.name in ("steps", "epochs") and one.now > one.before for one in told)
 
 
 def set_aside(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import InputError
+from tandem.view.comparison import cut
 from tandem.view.outcome import reached
 from tandem.view.reading import RunRecord, read_run
 from tandem.view.state import STAGE_NAMES, state_of
@@ -24,7 +25,7 @@ def pipeline_content(run: RunRecord) -> dict[str, Any]:
         "pipeline": {
             "stages": stages,
             "handovers": _objects(run.summary.get("handovers")),
-            "answers": _objects(run.summary.get("answers")),
+            "answers": [answers_content(one) for one in _objects(run.summary.get("answers"))],
         },
     }
 
@@ -40,6 +41,13 @@ def stage_content(path: Path, stage: str) -> dict[str, Any]:
         content |= {"reached": _reached(run.summary), "seconds": run.summary.get("seconds")}
     has_report = (path / stage / "report.html").is_file()
     return {**content, "state": state_of(run), "report": f"{stage}/report.html" if has_report else None}
+
+
+def answers_content(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt with the answer of each stage's model, as long as the page shows them."""
+    answers = found.get("answers")
+    texts = answers.items() if isinstance(answers, Mapping) else ()
+    return {"prompt": cut(str(found.get("prompt"))), "answers": {str(name): cut(str(text)) for name, text in texts}}
 
 
 def pipeline_state(run: RunRecord, stages: list[dict[str, Any]]) -> str:
