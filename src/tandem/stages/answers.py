@@ -55,13 +55,18 @@ def heldout_prompts(recipe: StageRecipe, tokenizer: PreTrainedTokenizerBase, cou
     elif isinstance(recipe, DpoConfig):
         pairs = read_pairs(recipe.data, tokenizer, recipe.run.seed, as_written).heldout
         ids = [pair.chosen.ids[: pair.chosen.prompt_length] for pair in pairs]
-        found = [Prompt(one, str(tokenizer.decode(list(one))), None, {}) for one in ids]
+        found = [Prompt(one, _text_of(one, tokenizer), None, {}) for one in ids]
     else:
         raise TypeError(f"{type(recipe).__name__} aligns nothing")
     distinct: dict[tuple[int, ...], Prompt] = {}
     for prompt in found:
         distinct.setdefault(prompt.ids, prompt)
     return list(distinct.values())[:count]
+
+
+def _text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt's text, with the marks of its turns and without the one of its beginning."""
+    return str(tokenizer.decode(list(ids))).removeprefix(tokenizer.bos_token or "").lstrip()
 
 
 def how_to_answer(recipe: StageRecipe, source: str, prompts: Sequence[Prompt]) -> tuple[SamplingRule, int]:

@@ -45,7 +45,8 @@ def checks_before(stage: str, config: PipelineConfig) -> Iterator[Check]:
     own = f"{config.folder_of('reward')}/model"
     for source, name in zip(recipe.rewards, term_names(recipe.rewards), strict=True):
         if source.model is not None and source.weight != 0:
-            yield accuracy(source.model, f"{name} -> ppo", config, is_own=source.model == own)
+            is_own = source.model == own
+            yield accuracy(source.model, f"{'reward' if is_own else name} -> ppo", config, is_own=is_own)
         if source.model == own:
             yield same_start(config)
 
@@ -121,9 +122,9 @@ def accuracy(source: str, where: str, config: PipelineConfig, *, is_own: bool) -
         said=f"accuracy {found:.3f} on {card.heldout_pairs} held-out pairs, floor {floor:.3f}{meaning}",
         numbers={"accuracy": found, "pairs": card.heldout_pairs, "floor": floor},
         remedy="a policy would climb this reward and learn nothing that it was meant to: give it more or clearer "
-        "pairs, or other settings (--reward.epochs, --reward.optimizer.lr), or set accuracy_floor."
+        "pairs, or other settings (--reward.epochs, --reward.optimizer.lr), or lower accuracy_floor."
         if is_own
-        else "give another reward model, or set accuracy_floor.",
+        else "give another reward model, or lower accuracy_floor.",
     )
 
 

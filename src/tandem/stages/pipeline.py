@@ -7,8 +7,9 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tomli_w
 
@@ -65,7 +66,7 @@ def run_pipeline(config: PipelineConfig, progress: Progress, *, resume: bool = F
         if not resume:
             for folder in (path, *(path / stage for stage in config.stages)):
                 check_free(folder, whole=path)
-        look_ahead(config, [stage for stage in config.stages if not is_finished(path / stage)])
+        look_ahead(config, [stage for stage in config.stages if not Standing.of(stage, config).stands])
         write_down(config, path)
         with told_how_to_go_on(path), reported(path, progress.warn):
             return run_stages(config, path, progress)
@@ -133,26 +134,55 @@ def hold(found: Iterable[Check], checks: list[Check], path: Path, progress: Prog
         progress.say(f"{check.where}: {check.said}")
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What a stage's folder holds: whether a run has begun and finished there, and what it was told or given otherwise
+    than the recipe now says: settings that let it learn something else, and models or data of other content."""
+
+    begun: bool
+    finished: bool
+    told: Sequence[Changed]
+    given: Sequence[str]
+
+    @classmethod
+    def of(cls, stage: str, config: PipelineConfig) -> Self:
+        recipe, folder = config.recipe_of(stage), Path(config.folder_of(stage))
+        if steps_in(folder) == 0:
+            return cls(begun=False, finished=False, told=[], given=[])
+        given = list(changed_inputs(read_record(folder), recipe, moved=True))
+        told = [one for one in told_otherwise(recipe, folder, config) if one.name not in given]
+        return cls(begun=True, finished=is_finished(folder), told=told, given=given)
+
+    @property
+    def stands(self) -> bool:
+        """Whether the stage is done and stays as it is."""
+        return self.finished and not self.told and not self.given
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its run can be gone on with: by whatever its own --resume takes, a finished one by more steps."""
+        longer = all(one.name in ("steps", "epochs") and one.now > one.before for one in self.told)
+        return self.begun and not self.given and (longer or not self.finished)
+
+    def changes(self) -> str:
+        return "; ".join([*map(str, self.told), *(f"{name} has other content" for name in self.given)])
+
+
 def run_stage(stage: str, config: PipelineConfig, path: Path, progress: Progress) -> dict[str, Any]:
     """Bring a stage to its end: from its beginning, from where it was cut short, or not at all where it is finished.
 
     One that was made from other data or models, or is finished by another recipe, is set aside and done again.
     """
-    recipe, folder = config.recipe_of(stage), path / stage
-    begun, finished = steps_in(folder) > 0, is_finished(folder)
-    if begun:
-        told = told_otherwise(recipe, folder, config)
-        given = changed_inputs(read_record(folder), recipe, moved=True)
-        if finished and not told and not given:
-            summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            progress.say(f"{stage} is finished: {reached(summary)}")
-            return summary
-        if given or (finished and not only_longer(told)):
-            why = "; ".join([*map(str, told), *(f"{name} has other content" for name in given)])
-            progress.say(f"{stage} is done again ({why}); what there was is kept as {set_aside(folder)}")
-            begun = False
+    recipe, folder, standing = config.recipe_of(stage), path / stage, Standing.of(stage, config)
+    if standing.stands:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        progress.say(f"{stage} is finished: {reached(summary)}")
+        return summary
+    if standing.begun and not standing.goes_on:
+        kept = set_aside(folder)
+        progress.say(f"{stage} is done again ({standing.changes()}); what there was is kept as {kept}")
     with of_stage(stage, path), memory_limits(f"tandem {stage}", lambda: steps_in(folder), training_knobs(recipe)):
-        return _RUN[stage](recipe, progress, resume=begun)
+        return _RUN[stage](recipe, progress, resume=standing.goes_on)
 
 
 def told_otherwise(recipe: StageRecipe, folder: Path, config: PipelineConfig) -> list[Changed]:
@@ -166,11 +196,6 @@ def told_otherwise(recipe: StageRecipe, folder: Path, config: PipelineConfig) ->
 
     changed = changed_settings(folder, recipe)
     return [one for one in changed if not one.name.startswith(_ANY_WILL_DO) and not is_place(one)]
-
-
-def only_longer(told: Sequence[Changed]) -> bool:
-    """Whether a finished run is only to train on, as its stage's own --resume lets it."""
-    return all(one.name in ("steps", "epochs") and one.now > one.before for one in told)
 
 
 def set_aside(folder: Path) -> Path:
