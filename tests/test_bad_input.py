@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from bad_input import evaluation, models, recipes, rows, settings, surroundings
+from bad_input import evaluation, models, pipelines, recipes, rows, settings, surroundings
 from bad_input.case import Case, World
 from tandem.cli import main
 
-CASES = [case for table in (settings, recipes, rows, models, surroundings, evaluation) for case in table.cases()]
+CASES = [
+    case for table in (settings, recipes, rows, models, surroundings, evaluation, pipelines) for case in table.cases()
+]
 
 
 @pytest.fixture

@@ -10,8 +10,17 @@ import tomli_w
 
 from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError
+from tandem.pipeline_config import PipelineConfig
 from tandem.recipe import fields_of, load_config, without_none
 
+KINDS = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "ppo": PpoConfig,
+    "pipeline": PipelineConfig,
+    "eval": EvalConfig,
+}
 SMALLEST = ["--policy.model", "m", "--data.prompts", "p.jsonl", "--rewards.0.model", "r"]
 
 
@@ -128,16 +137,14 @@ def test_bad_recipes(tmp_path, content, said):
         load_config(RewardConfig, path, [])
 
 
-@pytest.mark.parametrize("kind", [SftConfig, RewardConfig, PpoConfig])
+@pytest.mark.parametrize("kind", KINDS.values())
 def test_every_field_is_described(kind):
     assert [name for name, field in fields_of(kind) if not field.description] == []
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.name)
 def test_recipes_in_the_repository_are_valid(path):
-    kinds = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig, "eval": EvalConfig}
-    kind = kinds[path.stem.split("-")[0]]
-    assert load_config(kind, path, [])
+    assert load_config(KINDS[path.stem.split("-")[0]], path, [])
 
 
 def test_a_preset_holds_where_the_recipe_is_silent():

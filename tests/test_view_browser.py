@@ -507,3 +507,36 @@ def test_the_critic_s_moments_can_be_chosen(page, run):
     assert page.locator(".slider output").inner_text() == "step 1"
     page.keyboard.press("End")
     assert page.locator(".slider output").inner_text() == "step 4"
+
+
+# --- a pipeline
+
+
+def make_pipeline(path: Path, texts: list[str]) -> Path:
+    """Two stages, of which the second was not begun since a check did not hold, and answers to read."""
+    (path / "sft").mkdir(parents=True)
+    (path / "run.json").write_text('{"stage": "pipeline"}')
+    (path / "config.toml").write_text('model = "m"\n[sft.data]\ntrain = "s.jsonl"\n[dpo.data]\ntrain = "p.jsonl"\n')
+    (path / "sft" / "config.toml").write_text('model = "m"\nsequences_per_minibatch = 8\n')
+    (path / "sft" / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+    sft = {"stage": "sft", "interrupted": False, "seconds": 3.0, "heldout": {"after": {"heldout/loss": 1.5}}}
+    (path / "sft" / "summary.json").write_text(json.dumps(sft))
+    write_report(path / "sft")
+    checks = [{"where": "base -> sft", "name": text, "held": None, "said": text, "remedy": ""} for text in texts]
+    checks.append({"where": "sft", "name": "held-out loss", "held": False, "said": "it rose", "remedy": "lower the lr"})
+    answers = [{"prompt": text, "answers": {"base": text, "sft": text}} for text in texts]
+    summary = {"stage": "pipeline", "interrupted": True, "handovers": checks, "answers": answers}
+    (path / "summary.json").write_text(json.dumps(summary))
+    return write_report(path)
+
+
+def test_a_pipeline_s_report_leads_to_its_stages(page, tmp_path):
+    page.goto(make_pipeline(tmp_path / "run", HOSTILE).as_uri())
+    assert page.get_by_text("Stopped: sft: it rose.").count() == 1
+    assert page.get_by_text("it rose; lower the lr").count() == 1
+    assert page.get_by_text("held-out loss 1.500 nats a token").count() == 1
+    assert page.get_by_text("not begun").count() == 1
+    assert page.locator(".pair").count() == len(HOSTILE)
+    page.click("text=its report")
+    page.wait_for_selector(".tile")
+    assert page.locator("h1").inner_text() == "run/sft"

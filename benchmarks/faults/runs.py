@@ -85,7 +85,24 @@ def tasks(folder: Path) -> list[Task]:
         Task("ppo", "ppo, bfloat16", [*joint, *often, "--compute.precision=bfloat16", "--policy.epochs=2"]),
         Task("sft", "sft", [*sft, *often, "--eval_every=7"]),
         Task("reward", "reward model", [*reward, *often, "--eval_every=7", "--adapters.rank=4"]),
+        Task("pipeline", "pipeline", _pipeline_words(folder)),
     ]
+
+
+def _pipeline_words(folder: Path) -> list[str]:
+    """All stages, each long enough to be ended in."""
+    data = {"sft.data.train": "examples", "reward.data.train": "pairs", "ppo.data.prompts": "prompts"}
+    words = [f"--{key}={folder / name}.jsonl" for key, name in data.items()]
+    words += [f"--model={folder / 'model'}", f"--ppo.data.eval_prompts={folder / 'prompts.jsonl'}"]
+    words += [f"--{stage}.checkpoints.every_steps=1" for stage in ("sft", "reward", "ppo")]
+    words += [
+        "--sft.epochs=4",
+        "--sft.sequences_per_minibatch=4",
+        "--reward.epochs=6",
+        "--reward.pairs_per_minibatch=4",
+    ]
+    words += ["--reward.optimizer.lr=0.003", "--ppo.steps=60", "--ppo.rollout.prompts_per_step=4"]
+    return [*words, "--ppo.rollout.max_new_tokens=5", "--ppo.policy.lr=0.001", "--run.trackers=[]"]
 
 
 def command(*words: str) -> list[str]:
@@ -128,9 +145,9 @@ def _one_life(words: Sequence[str], run: Path, number: int, moment: random.Rando
     sent = time.monotonic()
     status = process.wait()
     seconds = time.monotonic() - sent
-    return Ended(_rows(run), any(run.glob("checkpoints/.partial_*")), status, seconds)
+    return Ended(_rows(run), any(run.rglob("checkpoints/.partial_*")), status, seconds)
 
 
 def _rows(run: Path) -> int:
-    metrics = run / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    """Rows of metrics, those of a pipeline's stages too."""
+    return sum(metrics.read_bytes().count(b"\n") for metrics in run.rglob("metrics.jsonl"))

@@ -24,8 +24,23 @@ _CLOCKED = (
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs in metrics, summary, samples and saved models of two finished runs, but for the clock."""
-    return [*_of_content(one, other), *_of_samples(one, other), *_of_models(one, other)]
+    """What differs in metrics, summary, samples and saved models of two finished runs, but for the clock.
+
+    Of pipelines, what differs in any of their stages and in the summary of the whole.
+    """
+    stages = sorted({path.parent.name for run in (one, other) for path in run.glob("*/metrics.jsonl")})
+    if stages:
+        found = [f"{stage}/{name}" for stage in stages for name in _of_run(one / stage, other / stage, (one, other))]
+        return [*found, *_of_summary(one, other, (one, other))]
+    return list(_of_run(one, other, (one, other)))
+
+
+def _of_run(one: Path, other: Path, places: tuple[Path, Path]) -> Iterator[str]:
+    if timeless(read_metrics(one)) != timeless(read_metrics(other)):
+        yield "metrics.jsonl"
+    yield from _of_summary(one, other, places)
+    yield from _of_samples(one, other)
+    yield from _of_models(one, other)
 
 
 def timeless(tree: Any) -> Any:
@@ -37,11 +52,11 @@ def timeless(tree: Any) -> Any:
     return tree
 
 
-def _of_content(one: Path, other: Path) -> Iterator[str]:
-    if timeless(read_metrics(one)) != timeless(read_metrics(other)):
-        yield "metrics.jsonl"
-    summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (one, other)]
-    if timeless(summaries[0]) != timeless(summaries[1]):
+def _of_summary(one: Path, other: Path, places: tuple[Path, Path]) -> Iterator[str]:
+    """`places` are where the two runs are kept, which their summaries may name."""
+    texts = [(run / "summary.json").read_text(encoding="utf-8") for run in (one, other)]
+    here = [json.loads(text.replace(str(place), "RUN")) for text, place in zip(texts, places, strict=True)]
+    if timeless(here[0]) != timeless(here[1]):
         yield "summary.json"
 
 

@@ -16,13 +16,20 @@ from tandem import __version__
 from tandem.allocator import keep_memory
 from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, Interrupted, RunError
+from tandem.pipeline_config import PipelineConfig
 from tandem.recipe import fields_of, is_finished, load_config, resumed_run
 
 if TYPE_CHECKING:
     from tandem.run import Progress
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-_STAGES: dict[str, Any] = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
+_STAGES: dict[str, Any] = {
+    "pipeline": PipelineConfig,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "ppo": PpoConfig,
+}
 _EVAL = "eval"
 
 
@@ -155,7 +162,9 @@ def _run_eval(words: Sequence[str]) -> int:
 
 
 def _within_memory(name: str, config: Any, progress: Progress, *, resume: bool) -> dict[str, Any]:
-    """The stage; memory that runs out around its steps is told of as within them."""
+    """The stage; memory that runs out around its steps is told of as within them. A pipeline does so for each stage."""
+    if name == "pipeline":
+        return _stage_function(name)(config, progress, resume=resume)
     from tandem.run.memory import memory_limits, steps_in, training_knobs
 
     with memory_limits(f"tandem {name}", lambda: steps_in(Path(config.run.directory)), training_knobs(config)):
@@ -164,6 +173,10 @@ def _within_memory(name: str, config: Any, progress: Progress, *, resume: bool) 
 
 def _stage_function(name: str) -> Callable[..., dict[str, Any]]:
     """The stage, imported only now: the command line answers quickly where no model is needed."""
+    if name == "pipeline":
+        from tandem.stages.pipeline import run_pipeline
+
+        return run_pipeline
     if name == "sft":
         from tandem.stages.sft import run_sft
 
@@ -202,20 +215,12 @@ def quiet_libraries() -> None:
 
 def _result(summary: dict[str, Any]) -> str:
     """What a stage reached, in a line."""
-    after = (summary.get("heldout") or {}).get("after") or {}
-    if summary["stage"] == "sft":
-        reached = f"held-out loss {after['heldout/loss']:.3f} nats a token" if after else "no held-out rows"
-    elif summary["stage"] == "reward":
-        accuracy = summary["heldout_accuracy"]
-        reached = "no held-out pairs" if accuracy is None else f"held-out accuracy {accuracy:.3f}"
-    elif summary["stage"] == "dpo":
-        reached = f"held-out accuracy {after['heldout/accuracy']:.3f}" if after else "no held-out pairs"
-    else:
-        last = after or summary["last_step"]
-        where = "held-out" if after else "last step's"
-        score, kl = (last.get(name, float("nan")) for name in ("objective/score", "objective/kl"))
-        reached = f"{where} score {score:.3f} at KL {kl:.2f} nats a sequence"
-    return f"{summary['steps']} steps in {summary['seconds']:.0f} s, {reached}. See model/ and summary.json."
+    from tandem.view.outcome import reached
+
+    if summary["stage"] == "pipeline":
+        made = f" The model: {summary['model']}." if summary["model"] else ""
+        return f"{summary['seconds']:.0f} s, {reached(summary)}.{made} See report.html and summary.json."
+    return f"{summary['steps']} steps in {summary['seconds']:.0f} s, {reached(summary)}. See model/ and summary.json."
 
 
 def _add_generate(commands: Any) -> None:

@@ -17,10 +17,11 @@ from pydantic_core import ErrorDetails
 
 from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError
+from tandem.pipeline_config import PipelineConfig
 
 RECORD = "run.json"
 
-StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, DpoConfig, PpoConfig, EvalConfig)
+StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, DpoConfig, PpoConfig, EvalConfig, PipelineConfig)
 
 
 def load_config(kind: type[StageConfig], recipe: Path | None, overrides: Sequence[str]) -> StageConfig:
@@ -69,6 +70,16 @@ def read_record(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {RECORD}" if isinstance(error, FileNotFoundError) else f"its {RECORD} cannot be read"
         raise InputError(f"--resume {run}: the folder holds no run that can go on ({reason}).") from error
+
+
+def command_to_resume(stage: str, run: Path) -> str:
+    """The command by which a run goes on; a stage of a pipeline goes on with the whole of it."""
+    try:
+        if read_record(run.parent)["stage"] == "pipeline":
+            return f"tandem pipeline --resume {run.parent}"
+    except InputError:
+        pass
+    return f"tandem {stage} --resume {run}"
 
 
 def is_finished(run: Path) -> bool:
@@ -204,8 +215,13 @@ def _cut(text: str) -> str:
 
 
 def fields_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf field of a configuration with its dotted name, in the order of declaration."""
+    """Every leaf field of a configuration with its dotted name, in the order of declaration.
+
+    Fields that are not written down, since they are nobody's to set, are left out.
+    """
     for name, field in kind.model_fields.items():
+        if field.exclude:
+            continue
         section, indexed = _section_of(field.annotation)
         dotted = f"{prefix}{name}"
         if section is None:

@@ -40,12 +40,14 @@ class RewardCard:
     adapter: AdapterSection | None
     probes: list[Probe]
 
+    @property
+    def above_chance(self) -> float:
+        """The accuracy that is two standard errors above a coin's on as many pairs."""
+        return 0.5 + 2 * (0.25 / max(1, self.heldout_pairs)) ** 0.5
+
     def near_chance(self) -> bool:
         """Whether the accuracy is less than two standard errors above a coin's."""
-        return (
-            self.heldout_accuracy is not None
-            and self.heldout_accuracy < 0.5 + 2 * (0.25 / max(1, self.heldout_pairs)) ** 0.5
-        )
+        return self.heldout_accuracy is not None and self.heldout_accuracy < self.above_chance
 
     def doubts(self) -> list[str]:
         """What speaks against training a policy under it, in words for a person."""

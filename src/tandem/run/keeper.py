@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tandem.config import CheckpointSection
 from tandem.errors import InputError, Interrupted, RunError
+from tandem.recipe import command_to_resume
 from tandem.run.checkpoints import Kept, Snapshot, damage, kept_checkpoints, read_checkpoint, write_checkpoint
 from tandem.run.signals import Terminated
 from tandem.run.space import check_space
@@ -85,7 +86,7 @@ class Keeper:
             raise
 
     def _way_back(self, stage: str) -> str:
-        again = f"tandem {stage} --resume {self._folder.parent}"
+        again = command_to_resume(stage, self._folder.parent)
         if self._saved_step == 0:
             return f"No step is saved yet; begin again with: {again}"
         return f"The state after step {self._saved_step} is saved; go on with: {again}"

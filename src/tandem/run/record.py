@@ -61,14 +61,25 @@ def made_with() -> dict[str, Any]:
 
 def check_inputs(path: Path, record: Mapping[str, Any], config: Recipe) -> None:
     """Raises InputError where a model or a data file is not what the run began with."""
-    now = dict(_fingerprints(config.model_dump()))
-    for name, found in now.items():
+    for name, source in changed_inputs(record, config).items():
+        raise InputError(
+            f"--resume {path}: {name} = {source!r} has changed since the run began, and going on would "
+            "mix two runs; put it back as it was, or start a new run."
+        )
+
+
+def changed_inputs(record: Mapping[str, Any], config: Recipe, *, moved: bool = False) -> dict[str, str]:
+    """The models and data files whose content is not what the run began with, by their dotted names.
+
+    Those that the recipe now takes from another place are another matter, unless they were only `moved`.
+    """
+    found = {}
+    for name, now in _fingerprints(config.model_dump()):
         before = record["inputs"].get(name)
-        if before is not None and before["source"] == found["source"] and before["sha256"] != found["sha256"]:
-            raise InputError(
-                f"--resume {path}: {name} = {found['source']!r} has changed since the run began, and going on would "
-                "mix two runs; put it back as it was, or start a new run."
-            )
+        same_place = before is not None and (moved or before["source"] == now["source"])
+        if before is not None and same_place and before["sha256"] != now["sha256"]:
+            found[name] = now["source"]
+    return found
 
 
 def differences(record: Mapping[str, Any]) -> list[str]:
@@ -87,12 +98,12 @@ def _fingerprints(tree: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, 
         elif name in _INPUTS and isinstance(value, str):
             path = Path(value.rpartition(":")[0] if name == "function" else value).expanduser()
             # A name without a place is the working folder to Path, which holds runs, data and much else.
-            found = None if str(path) == "." else _fingerprint(path)
+            found = None if str(path) == "." else fingerprint(path)
             if found is not None:
                 yield dotted, {"source": value, "sha256": found}
 
 
-def _fingerprint(path: Path) -> str | None:
+def fingerprint(path: Path) -> str | None:
     """SHA-256 over names, sizes and content; of a file beyond 64 MiB its first and last MiB.
 
     None for what is no local file or cannot be read: whoever needs it says so.

@@ -15,18 +15,17 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def given_up_at_once() -> Iterator[None]:
-    """For work that leaves nothing behind until its end: within it SIGTERM raises Terminated wherever it stands, as
-    Ctrl-C raises KeyboardInterrupt."""
-
-    def give_up(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise Terminated
-
+def ended_by_sigterm() -> Iterator[None]:
+    """Where no work within listens to it, SIGTERM raises Terminated at once, as Ctrl-C raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, give_up)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
@@ -61,6 +60,9 @@ class Signals:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        before = self._before.get(signal.SIGTERM)
+        if self.terminating and kind is None and callable(before):
+            before(signal.SIGTERM, None)
 
     def end_if_terminating(self) -> None:
         """Between two pieces of work: raises Terminated where SIGTERM has come."""

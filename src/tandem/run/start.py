@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import InputError
-from tandem.recipe import flat, read_record, without_none
+from tandem.recipe import flat, read_record, read_toml, without_none
 from tandem.run.checkpoints import Snapshot, newest_good, remove_partial
 from tandem.run.progress import Progress
 from tandem.run.record import Recipe, check_inputs, differences, record_of
@@ -49,12 +48,24 @@ def start_of(path: Path, stage: str, config: Recipe, resume: bool, progress: Pro
     return Start(record, snapshot)
 
 
-def changed_settings(path: Path, config: Recipe) -> list[str]:
+@dataclass(frozen=True)
+class Changed:
+    """A setting that is not as it was when the run was last saved; `unset` where it was or is none."""
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.before} -> {self.now}"
+
+
+def changed_settings(path: Path, config: Recipe) -> list[Changed]:
     """What the recipe says that it did not say when the run was last saved: `steps 100 -> 200`."""
-    before = flat(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+    before = flat(read_toml(path / "config.toml"))
     now = flat(without_none(config.model_dump()))
     names = [name for name in {**before, **now} if name != "run.directory" and before.get(name) != now.get(name)]
-    return [f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names]
+    return [Changed(name, before.get(name, "unset"), now.get(name, "unset")) for name in names]
 
 
 def check_planned(done: int, planned: int, setting: str) -> None:
@@ -63,11 +74,14 @@ def check_planned(done: int, planned: int, setting: str) -> None:
         raise InputError(f"{done} steps are done, and {setting} makes it {planned} in all; give as many or more.")
 
 
-def check_free(path: Path) -> None:
-    """Raises InputError where a run has left metrics in the folder; one that ended before its first step has not."""
+def check_free(path: Path, whole: Path | None = None) -> None:
+    """Raises InputError where a run has left metrics in the folder; one that ended before its first step has not.
+
+    `whole` is the folder of the pipeline whose stage it would be.
+    """
     metrics = path / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size > 0:
         raise InputError(
-            f"{path} already holds a run; go on with it by --resume {path}, or choose another folder with "
+            f"{path} already holds a run; go on with it by --resume {whole or path}, or choose another folder with "
             "--run.directory."
         )

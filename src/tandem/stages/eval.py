@@ -28,7 +28,7 @@ from tandem.run.disk import finite_or_none
 from tandem.run.eval_folder import EvalFolder, check_unused
 from tandem.run.lock import claimed
 from tandem.run.machine import machine_record
-from tandem.run.signals import Terminated, given_up_at_once
+from tandem.run.signals import Terminated, ended_by_sigterm
 from tandem.stages.benchmarks import check_benchmarks, run_benchmarks
 from tandem.stages.eval_answers import Answers, Speakers, answer, find_speakers
 from tandem.stages.eval_judging import Judged, comparison, judge_all, pair_records
@@ -85,7 +85,7 @@ def run_eval(config: EvalConfig, progress: Progress) -> dict[str, Any]:
 def _given_up() -> Iterator[None]:
     """Whatever stops the evaluation in it, the person is told what is left of it."""
     try:
-        with given_up_at_once():
+        with ended_by_sigterm():
             yield
     except (Terminated, KeyboardInterrupt):
         raise Interrupted("stopped before the evaluation was done, so it has no result; run it again.") from None

@@ -16,6 +16,7 @@ from tandem.config import AdapterSection
 from tandem.engine.local import LocalEngine
 from tandem.errors import NotFinite
 from tandem.models.trunk import Trunk
+from tandem.recipe import command_to_resume
 from tandem.run import Progress, RunFolder
 from tandem.run.checkpoints import Snapshot
 from tandem.run.disk import writing
@@ -242,7 +243,7 @@ def back_to_best(training: Training[Item], standing: Standing) -> Standing:
 def interrupted(training: Training[Item], standing: Standing) -> Standing:
     """Tell the person how to go on, and measure the model as it is."""
     training.progress.warn(
-        f"interrupted; the model is saved as it is after step {standing.step}. Go on with: tandem {training.stage} "
-        f"--resume {training.folder.path}"
+        f"interrupted; the model is saved as it is after step {standing.step}. Go on with: "
+        f"{command_to_resume(training.stage, training.folder.path)}"
     )
     return replace(standing, heldout=training.lesson.measure())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tandem.data.prompts import prompt_batches
 from tandem.errors import InputError, NotFinite, RunError
 from tandem.health import Watch, watched
 from tandem.models.sharing import histogram_of
+from tandem.recipe import command_to_resume
 from tandem.run import Progress, RunFolder
 from tandem.run.checkpoints import Snapshot
 from tandem.run.clock import Clock
@@ -28,8 +29,8 @@ from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
 from tandem.run.start import start_of
 from tandem.stages.finite import check_scores
-from tandem.stages.joint import in_parts, tokens_of
 from tandem.stages.joint_setup import JointStage, build
+from tandem.stages.joint_start import StartGaps, check_start
 from tandem.stages.saved_rollouts import (
     SavedRollout,
     as_scored,
@@ -39,7 +40,7 @@ from tandem.stages.saved_rollouts import (
     split_by_prompt,
     unjudged,
 )
-from tandem.stages.scoring import skipped_metric, try_rewards, with_scores_only
+from tandem.stages.scoring import skipped_metric, with_scores_only
 from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import Judged, judge, learn
@@ -52,7 +53,8 @@ from tandem.view import reported
 class JointRun:
     """A joint stage on its way: what it works with, and where it leaves its traces.
 
-    `since` is when it would have begun had it run in one piece, on the monotonic clock.
+    `start` is what was found of its models as they were loaded; `since` is when it would have begun had it run in one
+    piece, on the monotonic clock.
     """
 
     stage: JointStage
@@ -61,6 +63,7 @@ class JointRun:
     signals: Signals
     progress: Progress
     watch: Watch
+    start: StartGaps
     since: float
 
     @property
@@ -88,12 +91,12 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
         torch.manual_seed(config.run.seed)
         saved = read_saved(config) if start.snapshot is None else []
         stage = build(config, progress, earlier.get("offsets"))
-        check_start(stage, config)
+        gaps = check_start(stage, config)
         standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
             watch, since = watched(read_metrics(path), config), started - earlier.get("seconds", 0.0)
             set_rate(stage.engines["policy"], watch, config)
-            run = JointRun(stage, config, folder, signals, progress, watch, since)
+            run = JointRun(stage, config, folder, signals, progress, watch, gaps, since)
             with reported(path, progress.warn), folder.keeper.safe("ppo"):
                 standing = standing or begin(run, saved)
                 folder.keeper.check_space(run.snapshot(standing))
@@ -212,8 +215,8 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
     heldout_after: dict[str, float] = {}
     if interrupted:
         run.progress.warn(
-            f"interrupted; the models are saved as they are after step {state.step}. Go on with: tandem ppo --resume "
-            f"{run.folder.path}"
+            f"interrupted; the models are saved as they are after step {state.step}. Go on with: "
+            f"{command_to_resume('ppo', run.folder.path)}"
         )
     else:
         with run.signals.may_give_up():
@@ -226,6 +229,7 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
         "seed": config.run.seed,
         "steps": state.step,
         "best_step": best_step,
+        "start": asdict(run.start),
         "warmup_steps": state.course.warmup_done,
         "seconds": run.seconds,
         **machine_record(stage.placement.device),
@@ -314,34 +318,6 @@ def explained_of_saved(stage: JointStage, config: PpoConfig, state: JointState, 
 def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
     """Each prompt several times over, side by side."""
     return [prompt for prompt in prompts for _ in range(times)]
-
-
-def check_start(stage: JointStage, config: PpoConfig) -> None:
-    """The generator's log-probabilities must be those that train, and the reward must answer as it should.
-
-    Raises InputError where the reward does not, and RunError where log-probabilities differ by more than 1e-4 nats a
-    token in float32, or 0.1 on average in bfloat16.
-    """
-    prompts = sorted(stage.prompts, key=lambda prompt: len(prompt.ids))
-    chosen = [prompts[0], prompts[len(prompts) // 2], prompts[-1]]
-    rollouts = stage.fresh_generator(config).generate(chosen)
-    try_rewards(stage.reward, rollouts)
-    with torch.no_grad():
-        policy, budget = stage.models.policy, config.compute.tokens_per_microbatch
-        trained = in_parts(policy.logprobs, policy.prepare(tokens_of(rollouts), budget), budget)
-    gaps = torch.cat(
-        [
-            (trained[row, : len(rollout.ids)].cpu() - torch.tensor(rollout.logprobs)).abs()
-            for row, rollout in enumerate(rollouts)
-        ]
-    )
-    exact = stage.placement.dtype == torch.float32
-    gap, tolerance = (float(gaps.max()), 1e-4) if exact else (float(gaps.mean()), 0.1)
-    if not gap <= tolerance:
-        raise RunError(
-            f"the generator's log-probabilities are {gap:.2g} nats a token from those of the training forward "
-            f"(allowed {tolerance:g}); this model's decoding with a cache is not what its forward computes."
-        )
 
 
 def evaluate_heldout(run: JointRun, name: str, state: JointState) -> dict[str, float]:

@@ -7,9 +7,9 @@ import sys
 import webbrowser
 from pathlib import Path
 
-from tandem.errors import one_line
+from tandem.errors import InputError, one_line
 from tandem.view.export import export
-from tandem.view.reading import read_run
+from tandem.view.reading import RunRecord, read_run
 from tandem.view.report import write_report
 from tandem.view.server import ViewServer
 
@@ -23,9 +23,11 @@ def run_view(path: Path, *, port: int, export_to: Path | None, report: bool, ope
     if report:
         print(one_line(f"report: {write_report(path)}"))
     if export_to is not None:
+        _check_has_samples(run)
         print(one_line(f"viewer: {export(run, export_to)}"))
     if report or export_to is not None:
         return
+    _check_has_samples(run)
     with ViewServer(run, port) as server:
         print(f"{run.name}: {server.address} (Ctrl-C ends it)", flush=True)
         if open_browser and _has_screen():
@@ -34,6 +36,15 @@ def run_view(path: Path, *, port: int, export_to: Path | None, report: bool, ope
             server.serve_forever()
         except KeyboardInterrupt:
             print()
+
+
+def _check_has_samples(run: RunRecord) -> None:
+    """Raises InputError for a pipeline: its samples are those of its stages."""
+    if run.stage == "pipeline":
+        raise InputError(
+            f"{run.path} is a pipeline: its report is {run.path}/report.html, and its samples are those of its stages; "
+            f"look at one of them, such as {run.path}/ppo."
+        )
 
 
 def _has_screen() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from tandem.view.reading import RunRecord
 from tandem.view.sample_index import IndexedFile, SampleIndex, sample_files
 
-_LONGEST_TEXT = 3000
+LONGEST_TEXT = 3000
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def before_and_after(run: RunRecord) -> dict[str, Any]:
 
     def said(indexed: IndexedFile, row: int) -> dict[str, Any]:
         sample = samples.sample(indexed.file.name, row)
-        return {"response": _cut(sample.response), "score": sample.score, "scores": sample.scores}
+        return {"response": cut(sample.response), "score": sample.score, "scores": sample.scores}
 
     return {
         "before": first.file.label,
@@ -43,7 +43,7 @@ def before_and_after(run: RunRecord) -> dict[str, Any]:
         "rows": [
             {
                 "place": name,
-                "prompt": _cut(first.entries[pairs[at].before].prompt),
+                "prompt": cut(first.entries[pairs[at].before].prompt),
                 "gain": pairs[at].gain,
                 "before": said(first, pairs[at].before),
                 "after": said(last, pairs[at].after),
@@ -67,5 +67,6 @@ def pairs_of(first: IndexedFile, last: IndexedFile) -> list[Pair]:
     return pairs
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} [...]"
+def cut(text: str) -> str:
+    """A text as long as a page shows it."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} [...]"

@@ -6,10 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from tandem.pipeline_config import PipelineConfig
 from tandem.recipe import fields_of
 from tandem.view.reading import RunRecord
 
-_KINDS: Mapping[str, Any] = {"ppo": PpoConfig, "sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig}
+_KINDS: Mapping[str, Any] = {
+    "pipeline": PipelineConfig,
+    "ppo": PpoConfig,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+}
 _PHASES = ("rollout", "score", "evaluate", "update")
 
 

@@ -15,15 +15,11 @@ from tandem.view.curves import curves, heldout, measured_only
 from tandem.view.facts import machine, recipe, time_by_phase
 from tandem.view.metrics import describe
 from tandem.view.page import self_contained, write_page
+from tandem.view.pipeline import pipeline_content
 from tandem.view.reading import RunRecord, read_run
+from tandem.view.state import STAGE_NAMES, state_of
 
 REPORT = "report.html"
-_STAGE_NAMES = {
-    "ppo": "the joint stage: policy and value model",
-    "sft": "supervised fine-tuning",
-    "reward": "reward model",
-    "dpo": "direct preference optimisation",
-}
 
 
 @contextmanager
@@ -57,11 +53,11 @@ def report_page(run: RunRecord, source: Literal["page", "server"] = "page") -> s
 
 def report_content(run: RunRecord) -> dict[str, Any]:
     """What the page shows, as plain data."""
-    return {
+    content = {
         "name": run.name,
         "path": str(run.path),
         "stage": run.stage,
-        "stage_name": _STAGE_NAMES.get(run.stage, run.stage),
+        "stage_name": STAGE_NAMES.get(run.stage, run.stage),
         "state": state_of(run),
         "tiles": [tile for tile in tiles(run) if tile is not None],
         "health": findings(run),
@@ -71,20 +67,9 @@ def report_content(run: RunRecord) -> dict[str, Any]:
         "recipe": recipe(run),
         "machine": machine(run),
         "time": time_by_phase(run),
+        "pipeline": None,
     }
-
-
-def state_of(run: RunRecord) -> str:
-    """How far the run has come, in words."""
-    done, planned = run.steps_done, run.steps_planned
-    of = f" of {planned}" if planned is not None and planned != done else ""
-    if not run.summary:
-        return f"{done}{of} steps are written down; the run has no summary, so it is still going or was cut short."
-    if run.summary.get("interrupted"):
-        return f"Interrupted after {done}{of} steps."
-    if (best := run.summary.get("best_step")) is not None:
-        return f"Ended early after {done} steps; the models are those of step {best}, the best ones."
-    return f"Ended after {done}{of} steps." if of else f"Finished: {done} steps."
+    return content | pipeline_content(run) if run.stage == "pipeline" else content
 
 
 @dataclass(frozen=True)

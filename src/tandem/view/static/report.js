@@ -215,4 +215,4 @@ function recipe() {
   );
 }
 
-byId("main").append(...[heading(), tiles(), health(), ...curves(), critic(), pairs(), element("div", { class: "two-wide" }, ...[timeSpent(), machine()].filter(Boolean)), recipe()].filter(Boolean));
+byId("main").append(...[heading(), ...(report.pipeline ? pipelineSections(report.pipeline) : []), tiles(), health(), ...curves(), critic(), pairs(), element("div", { class: "two-wide" }, ...[timeSpent(), machine()].filter(Boolean)), recipe()].filter(Boolean));
