@@ -262,3 +262,13 @@ def test_the_arithmetic_is_that_of_the_layers(workload, wide):
     one_trunk = replace(workload, sharing="adapters", upper_layers=1)
     shared = trunk * 3 / 4 + 3 * trunk / 4 + head
     assert joint_step_flops(size, one_trunk) == trunk + head + shared + 2 * (4 * trunk / 4 + 2 * head)
+
+
+def test_nothing_is_kept_of_a_step_once_it_is_measured(workload, wide, tmp_path):
+    """The activations that the models share stand in the batch; a second hold of them would be memory for nothing."""
+    reward = make_reward_model(str(wide), tmp_path / "reward", AdapterSection(upper_layers=1))
+    stage, _ = stage_of(replace(workload, sharing="adapters", upper_layers=1), str(reward))
+    rollouts = stage.generator.generate(random_prompts(stage.tokenizer, workload, 0))
+    trajectories = stage.evaluate(rollouts, stage.score(rollouts))
+    assert trajectories.tokens.activations is not None
+    assert not stage.models.policy.trunk._lower_of

@@ -7,9 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from tandem.run.signals import Signals, Terminated, ended_by_sigterm
 from tandem.view.reading import read_run
 from tandem.view.report import report_content
 from test_commands import WORDS, prompt_file, refused, write
+from test_resume import end_at_step
 
 KINDS = {"sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig, "dpo": DpoConfig}
 SMALLEST = ["--model=m", "--reward.data.train=p.jsonl", "--ppo.data.prompts=q.jsonl", "--run.directory=runs/p"]
@@ -232,7 +230,7 @@ def test_a_pipeline_that_is_ended_in_each_stage_goes_on_exactly(whole, tiny, tmp
     cut = tmp_path / "cut"
     start = words_of(tiny(), whole.parent, cut, *(f"--{stage}.checkpoints.every_steps=1" for stage in ENDS))
     for stage, number in ENDS.items():
-        process = end_at_row(cut / stage, 3, number, start)
+        process = end_at_step(cut / stage, 3, number, start)
         said = process.communicate(timeout=120)[0].decode()
         assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), said
         assert "Traceback" not in said
@@ -243,20 +241,6 @@ def test_a_pipeline_that_is_ended_in_each_stage_goes_on_exactly(whole, tiny, tmp
         start = ["pipeline", "--resume", str(cut)]
     assert main(start) == 0
     assert differences(cut, whole) == []
-
-
-def end_at_row(run: Path, rows: int, number: int, words: list[str]) -> subprocess.Popen:
-    """Start a pipeline and send it a signal once the stage in that folder has written so many rows."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tandem", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= rows:
-            break
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process
 
 
 # --- what must hold

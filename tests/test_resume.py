@@ -76,7 +76,7 @@ def end_at_step(run: Path, step: int, number: int, words: list[str]) -> subproce
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
             break
-        time.sleep(0.01)
+        time.sleep(0.005)
     process.send_signal(number)
     return process
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.bench.models import SHAPES, make_reward_model, make_shape
+from tandem.bench.rows import answer_of
 from tandem.bench.workloads import Workload
 
 SMALL: dict[str, Any] = {
@@ -65,8 +64,7 @@ def _series(
             base = Workload("growth", str(model), 16, 16, 64, "float32", threads=threads)
             workload = replace(base, **changes)
             command = [sys.executable, "-m", "tandem.bench.joint_step", workload.to_json(), str(reward), str(steps)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        answer = json.loads(done.stdout.strip().splitlines()[-1])
+            answer = answer_of(command)
         seconds = statistics.median(step["time/step"] for step in answer["steps"])
         found.append({"size": size, "seconds": seconds, "logits_mib": answer["peak_logits_bytes"] / 2**20})
     return {"points": found, "exponent": exponent([(point["size"], point["seconds"]) for point in found])}

@@ -148,7 +148,7 @@ class Bench:
         for number in range(self._rounds):
             for side in sides:
                 self._say(f"{row.kind}, {workload.name}, {workload.precision}: {side}, round {number + 1}")
-                found[side].add(self._answer(self._command(row.kind, side, workload)))
+                found[side].add(answer_of(self._command(row.kind, side, workload)))
         return self._record(row, workload, found)
 
     def _record(self, row: Row, workload: Workload, found: dict[str, Measured]) -> dict[str, Any]:
@@ -156,8 +156,8 @@ class Bench:
         ceilings = self._ceilings_of(size, workload)
         shares: dict[str, float] = {}
         if row.kind == STEP:
-            flops: float | None = joint_step_flops(size, workload)
-            floor = joint_step_flops(size, workload) / ceilings.flops
+            flops: float | None = (needed := joint_step_flops(size, workload))
+            floor = needed / ceilings.flops
             learning = learning_flops(size, workload) / ceilings.flops
             shares["share_of_limit_in_update"] = learning / statistics.median(ours.phases["update"])
         else:
@@ -219,12 +219,14 @@ class Bench:
             module, extra = "tandem.bench.decoding", []
         return [sys.executable, "-m", module, workload.to_json(), *extra, steps]
 
-    def _answer(self, command: Sequence[str]) -> dict[str, Any]:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise RunError(f"{command[0]} {command[1]} {command[2][:40]}... ended with {done.returncode}: {last}")
-        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+def answer_of(command: Sequence[str]) -> dict[str, Any]:
+    """The JSON that a side prints as its last line. Raises RunError where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RunError(f"{command[0]} {command[1]} {command[2][:40]}... ended with {done.returncode}: {last}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def ratios(peer: Measured, ours: Measured) -> list[float]:

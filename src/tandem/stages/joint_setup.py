@@ -80,8 +80,18 @@ class JointStage:
 
     def evaluate(self, rollouts: Sequence[Rollout], scores: Scores) -> Trajectories:
         models, budget = self.models, self.placement.tokens_per_microbatch
-        recompute = self.recompute_logprobs
-        return evaluate(rollouts, scores, models.policy, models.reference, models.value, budget, recompute=recompute)
+        try:
+            return evaluate(
+                rollouts,
+                scores,
+                models.policy,
+                models.reference,
+                models.value,
+                budget,
+                recompute=self.recompute_logprobs,
+            )
+        finally:
+            models.policy.trunk.forget()
 
     def update(self, batch: Batch, kl: KlSection, course: Course, value_epochs: int) -> dict[str, float]:
         budget = self.placement.tokens_per_microbatch
