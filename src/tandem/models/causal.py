@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,10 @@ class CausalPolicy:
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights, adapter folded in, one by one, under the names of a saved model."""
+        return self.trunk.merged_weights(self.adapter)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """The ids that end a response: the tokenizer's EOS and those that the model was saved with."""

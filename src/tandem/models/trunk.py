@@ -204,20 +204,25 @@ class Trunk:
         return self._lora_configs[name], {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
 
     @torch.no_grad()
+    def merged_weights(self, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+        """The whole model's weights with an adapter folded in, one by one, under the names of the model without LoRA.
+
+        Only the one at hand is ever held beside the model's own.
+        """
+        names = {id(module): name for name, module in self.model.named_modules()}
+        carrying = {f"{names[id(layer)]}.weight": layer for layer in self._lora_layers if adapter in layer.lora_A}
+        for name, tensor in self.model.state_dict().items():
+            if ".lora_" in name:
+                continue
+            plain = name.replace(".base_layer", "")
+            layer = carrying.get(plain)
+            if layer is not None:
+                tensor = (tensor.float() + layer.get_delta_weight(adapter).float()).to(tensor.dtype)
+            yield plain, tensor
+
     def merged_state(self, adapter: str | None) -> dict[str, Tensor]:
-        """The whole model's weights with an adapter folded in, under the names of the model without LoRA."""
-        state = {
-            name.replace(".base_layer", ""): tensor
-            for name, tensor in self.model.state_dict().items()
-            if ".lora_" not in name
-        }
-        if adapter is not None:
-            names = {id(module): name for name, module in self.model.named_modules()}
-            for layer in self._lora_layers:
-                if adapter in layer.lora_A:
-                    weight, delta = f"{names[id(layer)]}.weight", layer.get_delta_weight(adapter)
-                    state[weight] = (state[weight].float() + delta.float()).to(state[weight].dtype)
-        return state
+        """All of `merged_weights` at once."""
+        return dict(self.merged_weights(adapter))
 
 
 class _Skip(nn.Module):
