@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tandem.algo import sample
+from tandem.rollout.keys import Key, uniforms
 from tandem.types import Prompt, Rollout
 
 
@@ -54,25 +55,32 @@ class TorchGenerator:
         self._random = random
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """One response for each prompt, in their order."""
+    def generate(self, prompts: Sequence[Prompt], keys: Sequence[Key] | None = None) -> list[Rollout]:
+        """One response for each prompt, in their order.
+
+        With `keys`, one a prompt, the chance in a response is its key's alone: it is the same whoever samples it, and
+        whenever, and the generator's random state is left as it is.
+        """
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
         answers: dict[int, Rollout] = {}
         for start in range(0, len(order), self._sequences_per_batch):
             indices = order[start : start + self._sequences_per_batch]
-            rollouts = self._generate_together([prompts[index] for index in indices])
+            chosen = None if keys is None else [keys[index] for index in indices]
+            rollouts = self._generate_together([prompts[index] for index in indices], chosen)
             answers |= dict(zip(indices, rollouts, strict=True))
         return [answers[index] for index in range(len(prompts))]
 
-    def _generate_together(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def _generate_together(self, prompts: Sequence[Prompt], keys: Sequence[Key] | None) -> list[Rollout]:
         device, limit = self._policy.device, self._max_new_tokens
+        drawn = None if keys is None else uniforms(keys, limit).to(device)
         responses = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(prompts), limit, device=device)
         lengths = torch.full((len(prompts),), limit, device=device)
         rows = torch.arange(len(prompts), device=device)
         logits, decoding = self._read_prompts(prompts)
         for t in range(limit):
-            tokens, token_logprobs = sample(logits, self._random)
+            quantiles = None if drawn is None else drawn[rows, t, None]
+            tokens, token_logprobs = sample(logits, self._random, quantiles)
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs
             stopped = torch.isin(tokens, self._stop_ids)
             if bool(stopped.any()):

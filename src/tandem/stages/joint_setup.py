@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,28 @@ from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
 
 
+class Workers(Protocol):
+    """Generators and reward workers as a joint run needs them."""
+
+    def generator(self, policy: CausalPolicy, random: torch.Generator) -> Generator:
+        """One that samples from the policy's weights as they are at the moment; `random` decides what."""
+        ...
+
+    def spread(self, terms: Mapping[str, Term]) -> dict[str, Term]:
+        """The same terms, scored by the workers where there are workers for that."""
+        ...
+
+    def begin_step(self, number: int) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        """What befell the workers since this was last asked."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What befell them over the whole run."""
+        ...
+
+
 @dataclass(frozen=True)
 class JointStage:
     """Everything that a joint run works with."""
@@ -47,6 +70,7 @@ class JointStage:
     sampling: torch.Generator
     random: torch.Generator
     recompute_logprobs: bool
+    workers: Workers | None
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -105,7 +129,7 @@ class JointStage:
     def fresh_generator(self, config: PpoConfig) -> Generator:
         """One with a random state of its own, the same every time, that leaves training's alone."""
         random = torch.Generator(device=self.placement.device).manual_seed(config.run.seed + 1)
-        return make_generator(self.models.policy, self.tokenizer, config.rollout, random)
+        return sampler(self.models.policy, self.tokenizer, config.rollout, random, self.workers)
 
     def save(self, folder: RunFolder) -> None:
         policy = self.models.policy
@@ -113,10 +137,16 @@ class JointStage:
         save_scalar(self.models.value, self.tokenizer, folder.path / "value_model")
 
 
-def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | None = None) -> JointStage:
+def build(
+    config: PpoConfig,
+    progress: Progress,
+    offsets: Mapping[str, float] | None = None,
+    workers: Workers | None = None,
+) -> JointStage:
     """Load data, models and reward. What can be refused early is looked at first.
 
-    `offsets` are those of the reward's terms, where they were found before.
+    `offsets` are those of the reward's terms, where they were found before; `workers` sample and score, where others
+    do that than this process.
     """
     functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
     device, compute = pick_device(config.compute.device), config.compute
@@ -132,10 +162,11 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
     check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
     sampling = torch.Generator(device=device).manual_seed(config.run.seed)
-    generator = make_generator(models.policy, tokenizer, config.rollout, sampling)
-    reward = WeightedSum(reward_terms(config.rewards, reward_models, functions, tokenizer))
+    generator = sampler(models.policy, tokenizer, config.rollout, sampling, workers)
+    terms = reward_terms(config.rewards, reward_models, functions, tokenizer)
+    reward = WeightedSum(terms if workers is None else workers.spread(terms))
     if offsets is None:
-        reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress)
+        reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress, workers)
     else:
         reward = reward.with_offsets(offsets)
     return JointStage(
@@ -151,6 +182,7 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
         sampling=sampling,
         random=torch.Generator().manual_seed(config.run.seed),
         recompute_logprobs=config.rollout.recompute_logprobs == "always",
+        workers=workers,
     )
 
 
@@ -189,6 +221,7 @@ def centred_on_reference(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     progress: Progress,
+    workers: Workers | None,
 ) -> WeightedSum:
     """The reward with the terms that ask for it less their mean on responses that the reference gives.
 
@@ -198,7 +231,7 @@ def centred_on_reference(
     if not names:
         return reward
     sampling = torch.Generator(device=models.policy.device).manual_seed(config.run.seed + 2)
-    generator = make_generator(models.policy, tokenizer, config.rollout, sampling)
+    generator = sampler(models.policy, tokenizer, config.rollout, sampling, workers)
     count = config.score.reference_samples
     rollouts = generator.generate(random.Random(config.run.seed).choices(prompts, k=count))
     with refused_before_training():
@@ -304,6 +337,19 @@ def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, Val
         PolicyLearner(models.policy, LocalEngine([trunk], policy, "policy"), policy),
         ValueLearner(models.value, LocalEngine(of_value, value, "value model"), value),
     )
+
+
+def sampler(
+    policy: CausalPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: SamplingSection,
+    random: torch.Generator,
+    workers: Workers | None,
+) -> Generator:
+    """What answers prompts under the policy's weights as they are: the workers, or this process."""
+    if workers is not None:
+        return workers.generator(policy, random)
+    return make_generator(policy, tokenizer, rollout, random)
 
 
 def make_generator(

@@ -29,7 +29,7 @@ from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
 from tandem.run.start import start_of
 from tandem.stages.finite import check_scores
-from tandem.stages.joint_setup import JointStage, build
+from tandem.stages.joint_setup import JointStage, Workers, build
 from tandem.stages.joint_start import StartGaps, check_start
 from tandem.stages.saved_rollouts import (
     SavedRollout,
@@ -79,8 +79,12 @@ class JointRun:
         return snapshot_of(self.stage, standing, self.folder.metrics_bytes, self.seconds)
 
 
-def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+def run_ppo(
+    config: PpoConfig, progress: Progress, *, resume: bool = False, workers: Workers | None = None
+) -> dict[str, Any]:
     """Train by the recipe, or go on with the run that its folder holds; save the models and return the summary.
+
+    `workers` sample and score where others do that than this process.
 
     Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
@@ -90,7 +94,7 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
         earlier = {} if start.snapshot is None else start.snapshot.state
         torch.manual_seed(config.run.seed)
         saved = read_saved(config) if start.snapshot is None else []
-        stage = build(config, progress, earlier.get("offsets"))
+        stage = build(config, progress, earlier.get("offsets"), workers)
         gaps = check_start(stage, config)
         standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
@@ -151,6 +155,8 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
     """
     stage, config, state, clock = run.stage, run.config, standing.state, Clock()
     number = state.step + 1
+    if stage.workers is not None:
+        stage.workers.begin_step(number)
     sampled: list[Rollout] = []
     judged: Judged | None = None
     try:
@@ -185,6 +191,7 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
         if after.faults.in_a_row >= config.run.max_faults_in_a_row:
             raise diagnosis(fault, after.faults, number) from None
     metrics = metrics | after.faults.metrics() | memory_in_use(stage.placement.device)
+    metrics |= {} if stage.workers is None else stage.workers.metrics()
     return after, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in sampled))
 
 
@@ -233,6 +240,7 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
         "warmup_steps": state.course.warmup_done,
         "seconds": run.seconds,
         **machine_record(stage.placement.device),
+        "cluster": None if stage.workers is None else stage.workers.summary(),
         "last_step": standing.row,
         "heldout": {"before": standing.begun["heldout"], "after": heldout_after},
         "value_pretraining": standing.begun["value_pretraining"],
