@@ -10,7 +10,7 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz bench screenshots test lint format examples clean
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz bench screenshots test test-ray lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -57,6 +57,12 @@ bench: .venv/ready .venv-trl/ready ## speed against TRL 1.12 and transformers: d
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest
+
+.venv-ray/ready: pyproject.toml constraints.txt scripts/install.sh
+	PYTHON=$(PYTHON) sh scripts/install.sh .venv-ray demo,dev,ray
+
+test-ray: .venv-ray/ready ## runs over real Ray processes, each kind of which is killed; in an environment of its own
+	.venv-ray/bin/python -m pytest -n 0 tests/test_ray.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy, SamplingRule
 from tandem.models.loading import load_causal
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
+from tandem.rollout.keys import uniforms
 from tandem.types import Prompt, pad_tokens
 
 PROMPTS = [Prompt(ids, "", None, {}) for ids in [(5, 6, 7, 8, 9, 10, 11), (12,), (13, 14, 15), (16, 17)]]
@@ -93,6 +94,30 @@ def test_batch_size_does_not_change_the_distribution(tiny):
         rollouts = make(policy, limit=1, batch=batch, seed=1).generate(PROMPTS[:1] * 400)
         firsts.append(torch.bincount(torch.tensor([r.ids[0] for r in rollouts]), minlength=300).float() / 400)
     assert (firsts[0] - firsts[1]).abs().sum() / 2 < 0.25
+
+
+def test_with_keys_a_sample_is_the_same_whatever_is_sampled_beside_it(tiny):
+    policy = policy_of(tiny())
+    keys = [(7, number) for number in range(len(PROMPTS))]
+    together = make(policy).generate(PROMPTS, keys)
+    alone = [make(policy, seed=9).generate([p], [k])[0] for p, k in zip(PROMPTS, keys, strict=True)]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    others = make(policy).generate(PROMPTS, [(8, number) for number in range(len(PROMPTS))])
+    assert [r.ids for r in others] != [r.ids for r in together]
+
+
+def test_keys_leave_the_random_state_alone(tiny):
+    policy = policy_of(tiny())
+    generator = make(policy, seed=5)
+    generator.generate(PROMPTS, [(7, number) for number in range(len(PROMPTS))])
+    assert generator.generate(PROMPTS) == make(policy, seed=5).generate(PROMPTS)
+
+
+def test_keyed_numbers_are_uniform_and_unlike_each_other():
+    drawn = uniforms([(3, number) for number in range(2000)], 5)
+    counts = torch.histc(drawn, 10, 0.0, 1.0)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 30
+    assert torch.corrcoef(drawn.T).sub(torch.eye(5)).abs().max() < 0.1
 
 
 def test_same_seed_same_samples(tiny):

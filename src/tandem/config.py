@@ -572,7 +572,7 @@ class HealthSection(Section):
 
 
 class ClusterSection(Section):
-    """The processes of a joint run placed over a cluster (docs/cluster.md); a resource line is what one process takes."""
+    """The processes of a joint run over a cluster (docs/cluster.md); a resource line is what one process takes."""
 
     kind: Literal["ray"] = Field(description="what places them; --cluster ray in short, --cluster none for no cluster")
     address: NonEmpty | None = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tandem.errors import InputError
 Role = Literal["trainer", "generator", "reward worker"]
 Bundle = Mapping[str, float]
 PLACED_WITHIN_SECONDS = 120
+_KNOCK_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,10 @@ def lines(settings: ClusterSection) -> list[tuple[Role, Bundle]]:
 
     generator = bundle(settings.generator_cpus, settings.generator_gpus)
     scorer = bundle(settings.reward_cpus, settings.reward_gpus)
-    return [
-        ("trainer", bundle(settings.trainer_cpus, settings.trainer_gpus)),
-        *[("generator", generator)] * settings.generators,
-        *[("reward worker", scorer)] * settings.reward_workers,
-    ]
+    placed: list[tuple[Role, Bundle]] = [("trainer", bundle(settings.trainer_cpus, settings.trainer_gpus))]
+    placed += [("generator", generator) for _ in range(settings.generators)]
+    placed += [("reward worker", scorer) for _ in range(settings.reward_workers)]
+    return placed
 
 
 @contextmanager
@@ -82,11 +83,12 @@ def _connect(address: str | None, cpus: float) -> None:
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address is not None:
         try:
+            _knock(address)
             ray().init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"cluster.address = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one "
-                "by `ray start --head`, or leave the address out for a cluster on this machine."
+                f"cluster.address = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); start "
+                "one by `ray start --head`, or leave the address out for a cluster on this machine."
             ) from error
         return
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -94,6 +96,13 @@ def _connect(address: str | None, cpus: float) -> None:
     # Ray's own switch for keeping to the loopback address, named after the systems where that is its default.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray().init(address="local", num_cpus=max(int(cpus), os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def _knock(address: str) -> None:
+    """Raises OSError or ValueError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _check_room(bundles: Sequence[Bundle]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 
@@ -48,7 +49,8 @@ class Trainer:
             at_home(config, folder)
             run = Path(config.run.directory)
             resume = resume or (life > 0 and (run / RECORD).exists())
-            with Progress(Console(file=writer, highlight=False, soft_wrap=True, color_system=None)) as progress:
+            console = Console(file=cast(IO[str], writer), highlight=False, soft_wrap=True, color_system=None)
+            with Progress(console) as progress:
                 run.mkdir(parents=True, exist_ok=True)
                 workers = RayWorkers(config, place, run)
                 return Ended(run_ppo(config, progress, resume=resume, workers=workers), None)
@@ -66,39 +68,48 @@ def run_over_ray(config: PpoConfig, progress: Progress, *, resume: bool = False)
     Raises InputError, RunError and Interrupted as `run_ppo` does, and RunError where the trainer died too often.
     """
     assert config.cluster is not None
-    run, folder = Path(config.run.directory), os.getcwd()
-    with progress.console.status("placing the processes"), placed(config.cluster) as place:
-        deaths, saved = 0, _saved(run)
-        for life in range(2**31):
-            with _forwarded_signals() as rung:
-                ended = _one_life(config, place, progress, folder, life, resume, rung)
-            if ended is not None:
-                break
-            deaths = 1 if _saved(run) > saved else deaths + 1
-            saved = _saved(run)
-            _note_death(run, saved)
-            again = command_to_resume("ppo", run)
-            if rung:
-                raise Interrupted(f"the trainer died after a signal; step {saved} is saved. Go on with: {again}")
-            if deaths > config.cluster.trainer_restarts:
-                raise RunError(
-                    f"the trainer died {deaths} times without a new checkpoint between; /tmp/ray/session_latest/logs "
-                    f"on its machine says why. The state after step {saved} is saved; go on with: {again}"
-                )
-            progress.warn(f"the trainer died; a new one goes on after step {saved}.")
+    with ExitStack() as until_the_end:
+        with progress.console.status("placing the processes"):
+            place = until_the_end.enter_context(placed(config.cluster))
+        ended = _lives(config, place, progress, resume)
     if ended.error is not None:
         raise ended.error
     assert ended.summary is not None
     return dict(ended.summary)
 
 
+def _lives(config: PpoConfig, place: Placed, progress: Progress, resume: bool) -> Ended:
+    """One trainer after another, until one ends by itself."""
+    assert config.cluster is not None
+    run, deaths = Path(config.run.directory), 0
+    saved, again = _saved(run), command_to_resume("ppo", run)
+    for life in itertools.count():
+        with _collected_signals() as rung:
+            ended = _one_life(config, place, progress, life, resume, rung)
+        if ended is not None:
+            return ended
+        before, saved = saved, _saved(run)
+        deaths = 1 if saved > before else deaths + 1
+        if run.is_dir():
+            Events(run).write("trainer lost", goes_on_after_step=saved)
+        if rung:
+            raise Interrupted(f"ended by a signal. The state after step {saved} is saved; go on with: {again}")
+        if deaths > config.cluster.trainer_restarts:
+            raise RunError(
+                f"the trainer died {deaths} times without a new checkpoint between; the logs of its machine, in "
+                f"/tmp/ray/session_latest/logs, say why. The state after step {saved} is saved; go on with: {again}"
+            )
+        progress.warn(f"the trainer died; a new one goes on after step {saved}.")
+    raise AssertionError("there is no last life")
+
+
 def _one_life(
-    config: PpoConfig, place: Placed, progress: Progress, folder: str, life: int, resume: bool, rung: list[int]
+    config: PpoConfig, place: Placed, progress: Progress, life: int, resume: bool, rung: list[int]
 ) -> Ended | None:
     """A trainer from its start to its end; None where it died."""
     desk = open_desk()
     trainer = ray().remote(Trainer).options(**place.options("trainer", 0)).remote()
-    running, told, lines = trainer.run.remote(config, place, desk, folder, life, resume), 0, desk.said.remote()
+    running, told, lines = trainer.run.remote(config, place, desk, os.getcwd(), life, resume), 0, desk.said.remote()
     while True:
         ready, _ = ray().wait([running, lines], num_returns=1, timeout=0.2)
         for number in rung[told:]:
@@ -114,8 +125,8 @@ def _one_life(
             except ray().exceptions.RayActorError:
                 return None
             finally:
-                ray().kill(desk)
                 ray().kill(trainer)
+                ray().kill(desk)
 
 
 def _show(lines: list[str], progress: Progress) -> None:
@@ -127,7 +138,7 @@ def _show(lines: list[str], progress: Progress) -> None:
 
 
 @contextmanager
-def _forwarded_signals() -> Iterator[list[int]]:
+def _collected_signals() -> Iterator[list[int]]:
     """Within it, Ctrl-C and SIGTERM are collected for the trainer; a third one ends the command at once."""
     rung: list[int] = []
 
@@ -148,8 +159,3 @@ def _forwarded_signals() -> Iterator[list[int]]:
 def _saved(run: Path) -> int:
     """The step of the newest checkpoint; 0 where there is none."""
     return max((kept.step for kept in kept_checkpoints(run / CHECKPOINTS)), default=0)
-
-
-def _note_death(run: Path, saved: int) -> None:
-    if run.is_dir():
-        Events(run).write("trainer lost", goes_on_after_step=saved)

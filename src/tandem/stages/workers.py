@@ -1,4 +1,4 @@
-"""What samples and scores for a joint run in processes of its own, and how a run sees them: as a generator and terms."""
+"""What samples and scores for a joint run in processes of their own; the run sees a generator and reward terms."""
 
 from __future__ import annotations
 
