@@ -1,0 +1,226 @@
+"""The time of a joint step by phase, and of each phase by what it is spent on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from tandem.plan.arithmetic import adapted_share, cache_bytes, head_flops, layer_traffic, trunk_flops
+from tandem.plan.demand import Demand
+from tandem.plan.layout import Layout
+from tandem.plan.memory import LOGITS_PER_CHUNK, microbatch_tokens, rows_together
+from tandem.plan.model_size import ModelSize
+
+# Passes over an array of logits: to sample from, to read log-probabilities of, and to learn from.
+SAMPLING_PASSES, READING_PASSES, LEARNING_PASSES = 6, 4, 10
+# Bytes that an optimiser step reads and writes for a weight: clipping, AdamW, the compute weight.
+OPTIMISER_BYTES = 46
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds on one GPU: multiplying, moving memory, calling layers, and waiting for other GPUs."""
+
+    products: float = 0.0
+    memory: float = 0.0
+    calls: float = 0.0
+    network: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.products + self.memory + self.calls + self.network
+
+    @property
+    def mostly(self) -> str:
+        """What most of it is spent on."""
+        parts = asdict(self)
+        return max(parts, key=lambda name: parts[name])
+
+    def times(self, factor: float) -> Cost:
+        return Cost(*(factor * part for part in asdict(self).values()))
+
+
+def added(costs: Iterable[Cost]) -> Cost:
+    parts = [list(asdict(cost).values()) for cost in costs]
+    return Cost(*map(sum, zip(*parts, strict=True)))
+
+
+def step_costs(demand: Demand, layout: Layout) -> dict[str, Cost]:
+    """Each phase of a joint step, on the GPU that has the most to do."""
+    phases = {
+        "rollout": _rollout(demand, layout),
+        "score": _score(demand, layout),
+        "evaluate": _evaluate(demand, layout),
+        "update": _update(demand, layout),
+    }
+    if layout.generator == "vllm":
+        weights = demand.policy.parameters * demand.width
+        phases["weight sync"] = Cost(
+            network=layout.collective_seconds(weights, layout.shard, demand.policy.layers)
+            + weights / layout.generator_shard / (layout.device.bandwidth * layout.device.bandwidth_share)
+        )
+    return phases
+
+
+def _rates(layout: Layout) -> tuple[float, float]:
+    """FLOP/s of products and bytes/s of memory that are reached."""
+    device = layout.device
+    return device.flops * device.product_share, device.bandwidth * device.bandwidth_share
+
+
+def _sequences(demand: Demand, layout: Layout) -> int:
+    return -(-demand.sequences // layout.gpus)
+
+
+def _layers(demand: Demand, layout: Layout, size: ModelSize, sequences: int, minibatch: int, share: float) -> Cost:
+    """One forward of a share of the layers over so many sequences, a micro-batch at a time."""
+    flops, bandwidth = _rates(layout)
+    tokens = sequences * demand.lengths.mean
+    traffic = tokens * size.layers * layer_traffic(size) * demand.width
+    passes = math.ceil(sequences * demand.lengths.longest / microbatch_tokens(demand, minibatch, layout))
+    calls = passes * size.layers * layout.device.layer_seconds
+    return Cost(trunk_flops(size, tokens, demand.lengths.mean) / flops, traffic / bandwidth, calls).times(share)
+
+
+def _head(demand: Demand, layout: Layout, sequences: float, projections: float, passes: int) -> Cost:
+    """The responses' positions projected on the vocabulary so many times, and so many passes over their logits."""
+    flops, bandwidth = _rates(layout)
+    rows = sequences * demand.lengths.mean_response
+    moved = rows * demand.policy.vocabulary * 4.0 * passes
+    return Cost(projections * head_flops(demand.policy, rows) / flops, moved / bandwidth)
+
+
+def _with_gathering(
+    demand: Demand, layout: Layout, size: ModelSize, cost: Cost, sequences: int, minibatch: int, *, learns: bool
+) -> Cost:
+    """With what a sharded model must fetch, as far as that takes longer than the work that it goes on beside.
+
+    A forward gathers the weights once; learning gathers them twice and scatters gradients in float32, in every
+    micro-batch.
+    """
+    if layout.shard == 1:
+        return cost
+    passes = math.ceil(sequences * demand.lengths.longest / microbatch_tokens(demand, minibatch, layout))
+    weights = size.body * float(demand.width)
+    once = layout.collective_seconds(weights, layout.shard, size.layers)
+    needed = passes * once
+    if learns:
+        trained = demand.rank is None
+        needed += passes * once
+        needed += passes * layout.collective_seconds(4.0 * size.body, layout.shard, size.layers) * trained
+    return added([cost, Cost(network=max(0.0, needed - cost.total))])
+
+
+def _rollout(demand: Demand, layout: Layout) -> Cost:
+    """Prompts are read, then every token is the slower of multiplying the rows and reading the weights."""
+    size, lengths, device = demand.policy, demand.lengths, layout.device
+    flops, bandwidth = _rates(layout)
+    here, rows = _sequences(demand, layout), rows_together(demand, layout)
+    batches = math.ceil(here / rows)
+    split = layout.generator_shard if layout.generator == "vllm" else 1
+    together = rows * split
+    steps = lengths.longest_response
+    going = together * lengths.mean_response / steps
+    prompts = -(-here // demand.responses_per_prompt) * lengths.mean_prompt
+    reading = Cost(
+        trunk_flops(size, prompts, lengths.mean_prompt) / flops,
+        prompts * size.layers * layer_traffic(size) * demand.width / bandwidth,
+        batches * size.layers * device.layer_seconds,
+    )
+    weights = size.trunk + size.head
+    multiplying = (2.0 * weights * going) / flops / split
+    fetching = weights * demand.width / split / bandwidth
+    context = lengths.mean_prompt + lengths.mean_response / 2
+    moved = (
+        going
+        / split
+        * (
+            context * cache_bytes(size, demand.width)
+            + size.layers * layer_traffic(size) * demand.width
+            + size.vocabulary * 4.0 * SAMPLING_PASSES
+        )
+    )
+    a_layer = device.graph_layer_seconds if layout.generator == "vllm" else device.layer_seconds
+    token = Cost(
+        products=multiplying if multiplying >= fetching else 0.0,
+        memory=(fetching if fetching > multiplying else 0.0) + moved / bandwidth,
+        calls=(size.layers + 1) * a_layer,
+        network=_token_network(demand, layout),
+    )
+    return added([reading, token.times(batches * steps)])
+
+
+def _token_network(demand: Demand, layout: Layout) -> float:
+    """What each token waits for: two sums a layer across a split generator, or the gathering of a sharded policy."""
+    size = demand.policy
+    if layout.generator == "vllm":
+        return 2.0 * size.layers * layout.device.hop_seconds if layout.generator_shard > 1 else 0.0
+    return layout.collective_seconds(size.parameters * float(demand.width), layout.shard, size.layers)
+
+
+def _score(demand: Demand, layout: Layout) -> Cost:
+    """Every reward model reads every sequence; lower layers that all share are read here, once."""
+    sequences = _sequences(demand, layout)
+    costs = [Cost()]
+    for size in demand.rewards:
+        read = _layers(demand, layout, size, sequences, demand.sequences, 1.0)
+        costs.append(_with_gathering(demand, layout, size, read, sequences, demand.sequences, learns=False))
+    upper = adapted_share(demand.policy, demand.upper_layers)
+    share = demand.adapter_rewards * upper + (1 - upper if demand.shares_below else 0.0)
+    if share:
+        costs.append(_layers(demand, layout, demand.policy, sequences, demand.sequences, share))
+    return added(costs)
+
+
+def _evaluate(demand: Demand, layout: Layout) -> Cost:
+    """Value model, reference, and the policy: all its rows, or an eighth where the sampler's numbers can stand."""
+    sequences, size = _sequences(demand, layout), demand.policy
+    upper = adapted_share(size, demand.upper_layers) if demand.shares_below else 1.0
+    again = 1.0 if demand.recompute else 1 / 8
+    policies = _layers(demand, layout, size, sequences, demand.sequences, (1 + again) * upper)
+    heads = _head(demand, layout, sequences * (1 + again), 1, READING_PASSES)
+    value = _layers(demand, layout, demand.value or size, sequences, demand.sequences, upper)
+    return added(
+        [
+            _with_gathering(demand, layout, size, added([policies, heads]), sequences, demand.sequences, learns=False),
+            _with_gathering(demand, layout, demand.value or size, value, sequences, demand.sequences, learns=False),
+        ]
+    )
+
+
+def _update(demand: Demand, layout: Layout) -> Cost:
+    """Forward and backward of both models in every epoch, and an optimiser step for every minibatch."""
+    size = demand.policy
+    costs = [_learning(demand, layout, size, demand.policy_epochs, demand.policy_minibatch, demand.policy_trained)]
+    costs.append(_learning_head(demand, layout).times(demand.policy_epochs))
+    if demand.mode != "head":
+        value = demand.value or size
+        costs.append(
+            _learning(demand, layout, value, demand.value_epochs, demand.value_minibatch, demand.value_trained)
+        )
+    return added(costs)
+
+
+def _learning(demand: Demand, layout: Layout, size: ModelSize, epochs: int, minibatch: int, trained: int) -> Cost:
+    """A backward is two forwards, or one of products where the weights are frozen; checkpointing adds a forward."""
+    sequences = _sequences(demand, layout)
+    upper = adapted_share(size, demand.upper_layers) if demand.shares_below else 1.0
+    forward = _layers(demand, layout, size, sequences, minibatch, upper)
+    extra = 1.0 if layout.activation_checkpointing else 0.0
+    products = 3.0 if demand.rank is None else 2.0
+    cost = Cost((products + extra) * forward.products, (3 + extra) * forward.memory, (3 + extra) * forward.calls)
+    cost = _with_gathering(demand, layout, size, cost, sequences, minibatch, learns=True)
+    steps = math.ceil(demand.sequences / minibatch)
+    _, bandwidth = _rates(layout)
+    moving = OPTIMISER_BYTES * trained / layout.shard / bandwidth
+    summing = 2 * layout.collective_seconds(4.0 * trained / layout.shard, layout.replicas, size.layers)
+    return added([cost, Cost(memory=moving, network=summing).times(steps)]).times(epochs)
+
+
+def _learning_head(demand: Demand, layout: Layout) -> Cost:
+    """Three products a row, two under a frozen head; one more where a chunk makes its logits again."""
+    sequences, lengths = _sequences(demand, layout), demand.lengths
+    rows = microbatch_tokens(demand, demand.policy_minibatch, layout) * lengths.longest_response / lengths.longest
+    again = demand.rank is None and rows > LOGITS_PER_CHUNK // demand.policy.vocabulary
+    return _head(demand, layout, sequences, (3 if demand.rank is None else 2) + again, LEARNING_PASSES)
