@@ -10,7 +10,7 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz bench screenshots test lint format examples clean
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz bench screenshots study test lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -37,6 +37,9 @@ ablation-demo: .venv/ready ## the same on the demo's task, after make demo-seeds
 calibrate: .venv/ready ## faults on purpose and healthy runs, judged: docs/diagnosis/calibration.md (an hour; goes on where it was ended)
 	PYTHONPATH=benchmarks $(BIN)/python -m calibration $(STORY_MODEL) $(STORIES) --also $(wildcard runs/demo-seed-*/ppo) \
 		$(filter-out %sharing-head% %td-0%,$(wildcard runs/ablation/stories/*-?))
+
+study: .venv/ready ## PPO, A2C, DPO and best-of-n at equal KL, after make demo-seeds: docs/results/study.md (an hour; goes on where it was ended)
+	PYTHONPATH=benchmarks $(BIN)/python -m study $(DEMO_MODEL) $(wildcard runs/demo-seed-*)
 
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults
