@@ -4,6 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
+
 from study.frontier import Point, at_distance, expected_best
 
 

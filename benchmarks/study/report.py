@@ -102,8 +102,8 @@ def page(everything: Mapping[str, Any]) -> str:
         "",
         f"Made by `make study` on the demos of seeds {', '.join(map(str, seeds))} (`make demo-seeds`): SmolLM2-135M "
         "goes on with an opening, 24 tokens, and is to do so positively. Gold is VADER's score, from -1 to 1; it "
-        "labelled the preferences, and no policy was trained on it. The reward model learnt from those preferences. Everything "
-        "is measured on the forty held-out openings of the seed: "
+        "labelled the preferences, and no policy was trained on it. The reward model learnt from those preferences. "
+        "Everything is measured on the forty held-out openings of the seed: "
         f"{40 * RESPONSES} responses at each point of a trained policy, 2,560 candidates for best-of-n.",
         "",
         f"- PPO and A2C: the demo's joint stage with `{' '.join(JOINT)}`, A2C with `--policy.loss=a2c`; measured after "
