@@ -34,14 +34,22 @@ def expected_best(chosen_by: Tensor, scores: Tensor, n: int) -> float:
 
 
 def at_distance(course: Sequence[Point], kl: float) -> Point | None:
-    """The point of a course where it first crosses a distance, between two that were measured; None where it ends
-    before it."""
+    """The point of a course where it first crosses a distance; None where it ends before it.
+
+    Between two that were measured scores are taken to grow with the root of the KL, as they nearly do (Gao et al.
+    2022): linearly in the KL itself, the gain of courses with few points would read too small.
+    """
     for before, after in itertools.pairwise(course):
         if before.kl <= kl <= after.kl:
-            share = 0.0 if after.kl == before.kl else (kl - before.kl) / (after.kl - before.kl)
+            share = _share(before.kl, kl, after.kl)
             return Point(
                 kl,
                 before.gold + share * (after.gold - before.gold),
                 before.reward + share * (after.reward - before.reward),
             )
     return None
+
+
+def _share(before: float, kl: float, after: float) -> float:
+    roots = [math.sqrt(max(0.0, one)) for one in (before, kl, after)]
+    return 0.0 if roots[2] == roots[0] else (roots[1] - roots[0]) / (roots[2] - roots[0])
