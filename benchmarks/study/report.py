@@ -118,8 +118,9 @@ def page(everything: Mapping[str, Any]) -> str:
         "## Gain in gold at equal KL",
         "",
         "Mean over the seeds (each seed's own), read between the two measured points on either side along the root of "
-        "the KL; `-` where fewer than all seeds went so far. A point's standard error is about .03 a seed, .02 for the mean, and less than "
-        ".01 for best-of-n, beside what the choice of forty openings adds for all methods alike.",
+        "the KL; `-` where fewer than all seeds went so far. A point's standard error is about .03 a seed, .02 for "
+        "the mean, and less than .01 for best-of-n, beside what the choice of forty openings adds for all methods "
+        "alike.",
         "",
         *table(rows, methods, len(seeds), "gold"),
         "",
