@@ -56,6 +56,7 @@ def test_weights_correct_for_it_unless_that_is_turned_off(tiny, tmp_path):
 
 def test_a_lag_of_more_than_one_is_refused(tiny, tmp_path, capsys):
     words = ppo_words(tmp_path, tiny(), "--rewards.0.function=none:none", "--value.start=policy")
+    capsys.readouterr()
     assert "rollout.staleness = 2" in refused(capsys, [*words, "--rollout.staleness=2"])
 
 
