@@ -10,6 +10,7 @@ import importlib.util
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,8 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         # An engine takes its process groups along where it is collected, and a later engine's with them.
         gc.collect()
-        with process_untouched(), _refused():
+        with process_untouched(), _refused(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             import vllm
 
             self._vllm: Any = vllm
