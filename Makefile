@@ -10,7 +10,8 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz bench screenshots study test lint format examples clean
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench screenshots test test-vllm \
+	lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -60,6 +61,12 @@ bench: .venv/ready .venv-trl/ready ## speed against TRL 1.12 and transformers: d
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest
+
+.venv-vllm/ready: pyproject.toml constraints.txt scripts/install_vllm.sh
+	PYTHON=$(PYTHON) sh scripts/install_vllm.sh .venv-vllm
+
+test-vllm: .venv-vllm/ready ## the tests of the vLLM generator, in an environment with vLLM (3.4 GB) that it makes itself
+	.venv-vllm/bin/python -m pytest -n 0 tests/test_generator.py tests/test_vllm.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check .

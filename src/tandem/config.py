@@ -287,15 +287,47 @@ class SamplingSection(Section):
     sequences_per_batch: Count = Field(64, description="rows that decode together")
 
 
+class VllmSection(Section):
+    """vLLM's engine, where rollout.generator is vllm."""
+
+    kv_cache_gib: Positive = Field(1.0, description="memory for keys and values, in GiB")
+    lora: Literal["auto", "adapter", "merge"] = Field(
+        "auto",
+        description="how a policy that is a LoRA adapter is sent. adapter: as such, over a base that stays. merge: all "
+        "weights, the adapter folded in. auto: adapter on a GPU, merge on a CPU, where applying it costs more",
+    )
+    compiled: bool | None = Field(
+        None, description="compile the model and record CUDA graphs (if unset: on a GPU); costs time at the start"
+    )
+    sleep: bool = Field(True, description="give a GPU's memory back while the models train (staleness 0 only)")
+
+
 class RolloutSection(SamplingSection):
     """How the responses of a step are sampled."""
 
     prompts_per_step: Count = Field(32, description="prompts in one step")
+    generator: Literal["torch", "vllm"] = Field(
+        "torch",
+        description="torch: the policy itself, in process. vllm: a vLLM engine that is sent the weights at every step "
+        "(docs/generators.md)",
+    )
+    staleness: Annotated[int, Field(ge=0, le=1)] = Field(
+        0,
+        description="updates by which the weights that sample may be older than those that train. 1: the next step's "
+        "responses are sampled while this step trains, by a generator with weights of its own",
+    )
+    vllm: VllmSection | None = Field(None, description="settings of vLLM, where generator is vllm")
     recompute_logprobs: Literal["auto", "always"] = Field(
         "auto",
         description="auto: the log-probabilities of sampling are the policy's before the update, where an eighth of a "
-        "step's rows agrees to 1e-4 nats with a forward of its own; always: that forward is run over all of them",
+        "step's rows agrees to 1e-4 nats with a forward of its own; always: that forward is run over all of them; so "
+        "it is in any case where generator is vllm or staleness is 1",
     )
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether what samples is not exactly the policy that trains."""
+        return self.generator != "torch" or self.staleness > 0
 
 
 class ScoreSection(Section):
@@ -363,6 +395,9 @@ class AdvantageSection(Section):
     )
 
 
+USUAL_IMPORTANCE_CAP = 2.0
+
+
 class PolicySection(OptimizerSection):
     """The policy's side of the joint update."""
 
@@ -385,10 +420,10 @@ class PolicySection(OptimizerSection):
     max_approx_kl: Positive | None = Field(
         None, description="a step's remaining policy updates are left out once KL(before, now) a token exceeds this"
     )
-    importance_cap: Annotated[float, Field(ge=1)] | None = Field(
+    importance_cap: Annotated[float, Field(ge=1)] | Literal["off"] | None = Field(
         None,
         description="weigh tokens by min(policy / generator, this): corrects for a generator whose log-probabilities "
-        "differ from the trainer's (2 is usual; no weights if unset)",
+        "differ from the trainer's. Unset: 2 where rollout.generator is vllm or rollout.staleness is 1, else off",
     )
 
 
@@ -598,6 +633,14 @@ class PpoConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+
+    @property
+    def importance_cap(self) -> float | None:
+        """The largest weight of a token where tokens are weighed, by what the recipe says or is silent about."""
+        cap = self.policy.importance_cap
+        if cap is None:
+            return USUAL_IMPORTANCE_CAP if self.rollout.off_policy else None
+        return None if cap == "off" else cap
 
     @model_validator(mode="before")
     @classmethod

@@ -23,6 +23,8 @@ def impossible(config: PpoConfig) -> Iterator[str]:
         )
     if value.start == "reward" and not any(source.model for source in config.rewards):
         yield 'value.start = "reward" needs a reward model in rewards; set value.start = "policy"'
+    if config.rollout.vllm is not None and config.rollout.generator != "vllm":
+        yield 'rollout.vllm has no effect here: it is for rollout.generator = "vllm"; set that, or leave it out'
     if config.sharing.mode == "separate" and config.adapters is not None:
         yield 'adapters are set, but sharing.mode is "separate"; set sharing.mode = "adapters" or "head"'
     if head and (value.epochs, value.sequences_per_minibatch) != (policy.epochs, policy.sequences_per_minibatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,21 @@ class CausalPolicy:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, adapter folded in, one by one, under the names of a saved model."""
         return self.trunk.merged_weights(self.adapter)
+
+    def own_copy(self) -> CausalPolicy:
+        """The same policy on weights of its own, any adapter folded in; `load_weights` brings it up to date."""
+        with torch.random.fork_rng(devices=[]):
+            model = type(self._model)(self._model.config)
+        model = model.to(device=self.device, dtype=self._model.dtype).eval().requires_grad_(False)
+        model.load_state_dict(self.trunk.merged_state(self.adapter))
+        return CausalPolicy(Trunk(model), self.rule)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over weights one by one, in place, under the names of a saved model."""
+        own = self._model.state_dict()
+        for name, tensor in weights:
+            own[name].copy_(tensor)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """The ids that end a response: the tokenizer's EOS and those that the model was saved with."""

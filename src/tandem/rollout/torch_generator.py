@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tandem.algo import sample
+from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
 
 
@@ -29,7 +30,10 @@ class NextToken(Protocol):
 
 
 class TorchGenerator:
-    """Samples from the policy's weights as they are at the moment, so it needs no weight transfer.
+    """Samples from a policy's weights as they are at the moment.
+
+    Where that is the policy that trains, there is nothing to transfer. Where it is a copy, `load` is what brings the
+    copy up to date.
 
     Prompts of similar length decode together, padded on the left; a prompt that is asked for several responses is
     read once; a row that has ended leaves the batch. `decode` turns a prompt's and a response's ids into the
@@ -45,6 +49,7 @@ class TorchGenerator:
         max_new_tokens: int,
         sequences_per_batch: int,
         random: torch.Generator,
+        load: Callable[[Iterable[tuple[str, Tensor]]], None] | None = None,
     ) -> None:
         self._policy = policy
         self._decode = decode
@@ -52,6 +57,19 @@ class TorchGenerator:
         self._max_new_tokens = max_new_tokens
         self._sequences_per_batch = sequences_per_batch
         self._random = random
+        self._load = load
+        self._stopping = Stopping()
+        self.version = 0
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Bring a copy of the policy up to date; the policy's own weights always are, and `weights` is not touched."""
+        if self._load is not None:
+            self._load(weights)
+        self.version = version
+
+    def stop(self) -> None:
+        """Let a `generate` in another thread end before its next token, by raising GivenUp."""
+        self._stopping.ask()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -72,6 +90,7 @@ class TorchGenerator:
         rows = torch.arange(len(prompts), device=device)
         logits, decoding = self._read_prompts(prompts)
         for t in range(limit):
+            self._stopping.check()
             tokens, token_logprobs = sample(logits, self._random)
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs
             stopped = torch.isin(tokens, self._stop_ids)
