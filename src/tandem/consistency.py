@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.config import EvalConfig, PpoConfig, RewardSource, Section
+    from tandem.config import EvalConfig, ParallelSection, PpoConfig, RewardSource, Section
 
 # Whether it applies, the section and its name, the fields that it concerns, and why they have no effect.
 Idle = tuple[bool, "Section", str, list[str], str]
@@ -14,6 +14,8 @@ Idle = tuple[bool, "Section", str, list[str], str]
 
 def impossible(config: PpoConfig) -> Iterator[str]:
     """What a joint recipe cannot have together, each with what to do instead."""
+    yield from too_many_processes(config.parallel, "policy.", config.policy.sequences_per_minibatch, "sequences")
+    yield from too_many_processes(config.parallel, "value.", config.value.sequences_per_minibatch, "sequences")
     policy, value, advantage, score = config.policy, config.value, config.advantage, config.score
     head = config.sharing.mode == "head"
     if head and value.start == "reward":
@@ -71,6 +73,15 @@ def impossible(config: PpoConfig) -> Iterator[str]:
         yield f"value.adaptive.max_epochs = {value.adaptive.max_epochs} is less than value.epochs = {value.epochs}"
     if value.adaptive is not None and value.adaptive.raise_below >= value.adaptive.lower_above:
         yield "value.adaptive.raise_below must be less than value.adaptive.lower_above"
+
+
+def too_many_processes(parallel: ParallelSection, section: str, rows: int, kind: str) -> Iterator[str]:
+    """Every process needs a row of each minibatch."""
+    if parallel.processes > rows:
+        yield (
+            f"parallel.processes = {parallel.processes} is more than the {rows} {kind} of a minibatch "
+            f"({section}{kind}_per_minibatch); take at most {rows} processes, or larger minibatches"
+        )
 
 
 def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str]:

@@ -23,11 +23,9 @@ from tandem.run.clock import Clock
 from tandem.run.disk import writing
 from tandem.run.faults import diagnosis
 from tandem.run.folder import read_metrics
-from tandem.run.lock import claimed
 from tandem.run.machine import machine_record, memory_in_use
 from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
-from tandem.run.start import start_of
 from tandem.stages.finite import check_scores
 from tandem.stages.joint_setup import JointStage, build
 from tandem.stages.joint_start import StartGaps, check_start
@@ -44,9 +42,10 @@ from tandem.stages.scoring import skipped_metric, with_scores_only
 from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import Judged, judge, learn
+from tandem.stages.together import begun, reported_once
 from tandem.stages.watching import note, set_rate, stops, tell
 from tandem.types import Batch, Prompt, Rollout
-from tandem.view import reported
+from tandem.world import world
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
     Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
     started, path = time.monotonic(), Path(config.run.directory)
-    with claimed(path):
-        start = start_of(path, "ppo", config, resume, progress)
+    with begun(path, "ppo", config, resume, progress) as start:
         earlier = {} if start.snapshot is None else start.snapshot.state
         torch.manual_seed(config.run.seed)
         saved = read_saved(config) if start.snapshot is None else []
@@ -94,10 +92,11 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
         gaps = check_start(stage, config)
         standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
-            watch, since = watched(read_metrics(path), config), started - earlier.get("seconds", 0.0)
+            rows = world().from_first(lambda: read_metrics(path))
+            watch, since = watched(rows, config), started - earlier.get("seconds", 0.0)
             set_rate(stage.engines["policy"], watch, config)
             run = JointRun(stage, config, folder, signals, progress, watch, gaps, since)
-            with reported(path, progress.warn), folder.keeper.safe("ppo"):
+            with reported_once(path, progress.warn), folder.keeper.safe("ppo"):
                 standing = standing or begin(run, saved)
                 folder.keeper.check_space(run.snapshot(standing))
                 return finish(run, train(run, standing))
@@ -127,7 +126,7 @@ def train(run: JointRun, standing: Standing) -> Standing:
                 standing = conclude(run, standing)
                 shown.advance(headline(standing.row), note=note(run.watch))
             keeper.boundary(run.snapshot(standing), standing.row)
-            if standing.state.finished or keeper.out_of_patience or run.signals.requested or run.unwell:
+            if standing.state.finished or keeper.out_of_patience or run.unwell or run.signals.agreed():
                 break
             state, row = step(run, standing, next(prompts))
             standing = replace(standing, state=state, row=row, logged=False)
@@ -185,7 +184,8 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
         if after.faults.in_a_row >= config.run.max_faults_in_a_row:
             raise diagnosis(fault, after.faults, number) from None
     metrics = metrics | after.faults.metrics() | memory_in_use(stage.placement.device)
-    return after, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in sampled))
+    metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in sampled))
+    return world().from_first(lambda: (after, metrics))
 
 
 def conclude(run: JointRun, standing: Standing) -> Standing:
