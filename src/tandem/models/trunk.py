@@ -95,7 +95,8 @@ class Trunk:
         first = self._first_layers[name] = len(self._blocks) - upper
         targets = [name for block in self._linear_names[first:] for name in block]
         self._lora_configs[name] = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
-        with warnings.catch_warnings():
+        # peft reads the matrices' shapes off their weights.
+        with self.gathered(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(self._lora_configs[name], self.model, adapter_name=name)
