@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tandem.consistency import impossible, impossible_evaluation, without_effect
+from tandem.consistency import impossible, impossible_evaluation, too_many_processes, without_effect
 
 _LONGEST_NAME = 255
 
@@ -109,6 +109,26 @@ class ComputeSection(Section):
     )
 
 
+class ParallelSection(Section):
+    """How many processes train together, and how they share the models."""
+
+    processes: Count = Field(1, description="processes that train together, each on its own GPU where there are any")
+    replicate: Count = Field(
+        1, description="copies of the models: each is cut over processes / replicate of them (1 cuts over all)"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, a layer at a time, to need less memory"
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.processes % self.replicate:
+            raise ValueError(
+                f"replicate = {self.replicate} does not divide the {self.processes} processes; give a divisor"
+            )
+        return self
+
+
 class OptimizerSection(Section):
     """AdamW for one model."""
 
@@ -201,6 +221,13 @@ class SftConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
+
+    @model_validator(mode="after")
+    def _enough_rows(self) -> Self:
+        for problem in too_many_processes(self.parallel, "", self.sequences_per_minibatch, "sequences"):
+            raise ValueError(problem)
+        return self
 
 
 class RewardConfig(Section):
@@ -225,6 +252,13 @@ class RewardConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
+
+    @model_validator(mode="after")
+    def _enough_rows(self) -> Self:
+        for problem in too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"):
+            raise ValueError(problem)
+        return self
 
 
 class DpoConfig(Section):
@@ -247,11 +281,14 @@ class DpoConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
 
     @model_validator(mode="after")
     def _meant(self) -> Self:
         if self.loss == "ipo" and self.label_smoothing > 0:
             raise ValueError('label_smoothing has no effect here: it is for loss = "sigmoid"; leave it out')
+        for problem in too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"):
+            raise ValueError(problem)
         return self
 
 
@@ -633,6 +670,7 @@ class PpoConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
 
     @property
     def importance_cap(self) -> float | None:

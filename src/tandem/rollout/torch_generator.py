@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tandem.algo import sample
 from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
+from tandem.world import world
 
 
 class NextToken(Protocol):
@@ -19,6 +21,10 @@ class NextToken(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within it tokens are asked for one by one, by each process as often as it likes."""
+        ...
 
     def new_cache(self, capacity: int) -> Any:
         """An empty KV cache for rows of up to `capacity` tokens, with `batch_select_indices`."""
@@ -38,6 +44,9 @@ class TorchGenerator:
     Prompts of similar length decode together, padded on the left; a prompt that is asked for several responses is
     read once; a row that has ended leaves the batch. `decode` turns a prompt's and a response's ids into the
     response's text; `stop_ids` end a response.
+
+    Random numbers are drawn for all rows and their longest responses beforehand, so that what a row samples depends
+    neither on which rows it decodes with nor on which process decodes it: each takes its share of the rows.
     """
 
     def __init__(
@@ -74,15 +83,20 @@ class TorchGenerator:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response for each prompt, in their order."""
+        uniform = torch.rand(len(prompts), self._max_new_tokens, generator=self._random, device=self._policy.device)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        own: list[int] = order[world().rank :: world().size]
         answers: dict[int, Rollout] = {}
-        for start in range(0, len(order), self._sequences_per_batch):
-            indices = order[start : start + self._sequences_per_batch]
-            rollouts = self._generate_together([prompts[index] for index in indices])
-            answers |= dict(zip(indices, rollouts, strict=True))
+        with self._policy.gathered():
+            for start in range(0, len(own), self._sequences_per_batch):
+                indices = own[start : start + self._sequences_per_batch]
+                rollouts = self._generate_together([prompts[index] for index in indices], uniform[indices])
+                answers |= dict(zip(indices, rollouts, strict=True))
+        answers = {index: answer for part in world().gather(answers) for index, answer in part.items()}
         return [answers[index] for index in range(len(prompts))]
 
-    def _generate_together(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def _generate_together(self, prompts: Sequence[Prompt], uniform: Tensor) -> list[Rollout]:
+        """One response for each prompt, from numbers [B, max_new_tokens] drawn uniformly from [0, 1)."""
         device, limit = self._policy.device, self._max_new_tokens
         responses = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(prompts), limit, device=device)
@@ -91,7 +105,7 @@ class TorchGenerator:
         logits, decoding = self._read_prompts(prompts)
         for t in range(limit):
             self._stopping.check()
-            tokens, token_logprobs = sample(logits, self._random)
+            tokens, token_logprobs = sample(logits, uniform[rows, t])
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs
             stopped = torch.isin(tokens, self._stop_ids)
             if bool(stopped.any()):

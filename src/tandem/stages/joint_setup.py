@@ -28,6 +28,7 @@ from tandem.run import Progress, RunFolder
 from tandem.stages.joint import evaluate, tokens_of
 from tandem.stages.sampling import make_copying_generator, make_engine, make_generator, send_weights
 from tandem.stages.scoring import refused_before_training
+from tandem.stages.together import by_first
 from tandem.stages.update import Course, Engine, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
 from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
@@ -200,13 +201,16 @@ def scored_by(
     functions: Mapping[str, RewardFunction],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Callable[[Sequence[Rollout]], Earned]:
-    """What scores for one source of reward: the model that was loaded for it, its function, or its server."""
+    """What scores for one source of reward: the model that was loaded for it, its function, or its server.
+
+    Functions and servers are asked once, however many processes train together.
+    """
     if source.model is not None:
         assert model is not None
         return ModelReward(model.scorer, model.tokenizer, source.model, model.context, source.on_error)
     if source.function is not None:
-        return FunctionReward(functions[source.function], source, decoder(tokenizer))
-    return RemoteReward(source, decoder(tokenizer))
+        return by_first(FunctionReward(functions[source.function], source, decoder(tokenizer)))
+    return by_first(RemoteReward(source, decoder(tokenizer)))
 
 
 def centred_on_reference(

@@ -24,11 +24,9 @@ from tandem.run.clock import Clock
 from tandem.run.disk import writing
 from tandem.run.faults import diagnosis
 from tandem.run.folder import read_metrics
-from tandem.run.lock import claimed
 from tandem.run.machine import machine_record, memory_in_use
 from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
-from tandem.run.start import start_of
 from tandem.stages.finite import check_scores
 from tandem.stages.joint_setup import JointStage, build
 from tandem.stages.joint_start import StartGaps, check_start
@@ -46,9 +44,10 @@ from tandem.stages.scoring import skipped_metric, with_scores_only
 from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import Judged, judge, learn
+from tandem.stages.together import begun, reported_once
 from tandem.stages.watching import note, set_rate, stops, tell
 from tandem.types import Batch, Prompt, Rollout
-from tandem.view import reported
+from tandem.world import world
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
     Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
     started, path = time.monotonic(), Path(config.run.directory)
-    with claimed(path):
-        start = start_of(path, "ppo", config, resume, progress)
+    with begun(path, "ppo", config, resume, progress) as start:
         earlier = {} if start.snapshot is None else start.snapshot.state
         torch.manual_seed(config.run.seed)
         saved = read_saved(config) if start.snapshot is None else []
@@ -96,10 +94,11 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
         gaps = check_start(stage, config)
         standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
-            watch, since = watched(read_metrics(path), config), started - earlier.get("seconds", 0.0)
+            rows = world().from_first(lambda: read_metrics(path))
+            watch, since = watched(rows, config), started - earlier.get("seconds", 0.0)
             set_rate(stage.engines["policy"], watch, config)
             run = JointRun(stage, config, folder, signals, progress, watch, gaps, since)
-            with reported(path, progress.warn), folder.keeper.safe("ppo"):
+            with reported_once(path, progress.warn), folder.keeper.safe("ppo"):
                 standing = standing or begin(run, saved)
                 folder.keeper.check_space(run.snapshot(standing))
                 return finish(run, train(run, standing))
@@ -128,7 +127,7 @@ def train(run: JointRun, standing: Standing) -> Standing:
                 standing = conclude(run, standing)
                 shown.advance(headline(standing.row), note=note(run.watch))
             keeper.boundary(run.snapshot(standing), standing.row)
-            if standing.state.finished or keeper.out_of_patience or run.signals.requested or run.unwell:
+            if standing.state.finished or keeper.out_of_patience or run.unwell or run.signals.agreed():
                 break
             state, row, ahead = step(run, standing, *next(prompts))
             standing = replace(standing, state=state, row=row, logged=False, ahead=ahead)
@@ -156,7 +155,8 @@ def step(
         with clock("rollout"):
             ahead = following_sampled.result() if following_sampled else None
     metrics |= {"rollout/staleness": float(done - sampled.version)}
-    return state, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in sampled.rollouts)), ahead
+    metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in sampled.rollouts))
+    return *world().from_first(lambda: (state, metrics)), ahead
 
 
 def sample(run: JointRun, done: int, prompts: Sequence[Prompt], clock: Clock) -> Sampled:
