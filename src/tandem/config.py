@@ -6,12 +6,14 @@ A configuration is frozen. Names carry their unit; a field's description is what
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tandem.consistency import impossible, impossible_evaluation, too_many_processes, without_effect
 
@@ -28,6 +30,14 @@ def _possible_name(text: str) -> str:
             f"{longest[:40]!r}... is longer than the {_LONGEST_NAME} bytes that a name can have; shorten it"
         )
     return text
+
+
+def _at_least_one_or_off(value: object) -> object:
+    """One message for both kinds: of a union each member would complain by itself."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < math.inf
+    if value is None or value == "off" or number:
+        return value
+    raise PydanticCustomError("at_least_one_or_off", 'input should be greater than or equal to 1, or "off"')
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -457,7 +467,7 @@ class PolicySection(OptimizerSection):
     max_approx_kl: Positive | None = Field(
         None, description="a step's remaining policy updates are left out once KL(before, now) a token exceeds this"
     )
-    importance_cap: Annotated[float, Field(ge=1)] | Literal["off"] | None = Field(
+    importance_cap: Annotated[float | Literal["off"] | None, BeforeValidator(_at_least_one_or_off)] = Field(
         None,
         description="weigh tokens by min(policy / generator, this): corrects for a generator whose log-probabilities "
         "differ from the trainer's. Unset: 2 where rollout.generator is vllm or rollout.staleness is 1, else off",
