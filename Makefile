@@ -10,7 +10,8 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz bench screenshots test lint format examples clean
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench screenshots test test-vllm \
+	lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -38,6 +39,9 @@ calibrate: .venv/ready ## faults on purpose and healthy runs, judged: docs/diagn
 	PYTHONPATH=benchmarks $(BIN)/python -m calibration $(STORY_MODEL) $(STORIES) --also $(wildcard runs/demo-seed-*/ppo) \
 		$(filter-out %sharing-head% %td-0%,$(wildcard runs/ablation/stories/*-?))
 
+study: .venv/ready ## PPO, A2C, DPO and best-of-n at equal KL, after make demo-seeds: docs/results/study.md (an hour; goes on where it was ended)
+	PYTHONPATH=benchmarks $(BIN)/python -m study $(DEMO_MODEL) $(wildcard runs/demo-seed-*)
+
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults
 
@@ -57,6 +61,12 @@ bench: .venv/ready .venv-trl/ready ## speed against TRL 1.12 and transformers: d
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest
+
+.venv-vllm/ready: pyproject.toml constraints.txt scripts/install_vllm.sh
+	PYTHON=$(PYTHON) sh scripts/install_vllm.sh .venv-vllm
+
+test-vllm: .venv-vllm/ready ## the tests of the vLLM generator, in an environment with vLLM (3.4 GB) that it makes itself
+	.venv-vllm/bin/python -m pytest -n 0 tests/test_generator.py tests/test_vllm.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check .

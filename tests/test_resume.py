@@ -45,6 +45,7 @@ OPTIONS = {
     "separate": ["--score.normalize=running", "--kl.target=2.0", "--value.adaptive.max_epochs=4"],
     "adapters": ["--sharing.mode=adapters", "--adapters.rank=4", "--rewards.0.center=true", "--value.normalize=true"],
     "head": ["--sharing.mode=head", "--value.warmup.steps=2"],
+    "staleness 1": ["--rollout.staleness=1", "--policy.epochs=2", "--rollout.temperature=0.8"],
     "bfloat16": ["--compute.precision=bfloat16", "--rollout.top_k=20", "--policy.epochs=2"],
 }
 

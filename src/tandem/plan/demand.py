@@ -84,8 +84,8 @@ class Demand:
         return self.policy.adapter_parameters(self.rank, self.upper_layers) + self.policy.hidden
 
     @property
-    def shares_below(self) -> bool:
-        """Whether lower layers run once for all models."""
+    def has_lower_layers(self) -> bool:
+        """Whether there are layers below the adapters, the same for all models."""
         return self.rank is not None and (self.upper_layers or self.policy.layers) < self.policy.layers
 
 

@@ -14,8 +14,9 @@ class Layout:
     """`gpus` of one kind, in machines of eight; `shard` of them hold every model once between them, and there are
     gpus / shard such groups.
 
-    `generator`: `torch` samples on the trained weights themselves, gathering what is sharded for every token; `vllm`
-    holds a copy of its own, `generator_shard` GPUs to one.
+    `generator`: `torch` samples on the policy, which is gathered whole meanwhile where it is cut; `vllm` is sent the
+    weights. `generator_copy`: when weights of the generator's own are held. `cache_gib` is room that is set aside for
+    keys and values, if it is.
     """
 
     gpus: int
@@ -23,7 +24,8 @@ class Layout:
     shard: int
     activation_checkpointing: bool
     generator: Literal["torch", "vllm"]
-    generator_shard: int
+    generator_copy: Literal["never", "while sampling", "always"]
+    cache_gib: float | None
 
     @property
     def replicas(self) -> int:

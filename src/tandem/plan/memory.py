@@ -45,13 +45,15 @@ def memory_of(demand: Demand, layout: Layout) -> Memory:
         "evaluate": _evaluate(demand, layout),
         "update": _update(demand, layout),
     }
+    by_phase = {name: _with_reserve(part) for name, part in phases.items()}
+    by_phase["rollout"] |= _whole_while_sampling(demand, layout)
     state = _state_copies(demand, layout)
     staying = {**_staying(demand, layout), "libraries": layout.device.runtime_gib * 2**30}
     if not layout.device.is_gpu:
         staying |= state
     return Memory(
         {name: held for name, held in staying.items() if held},
-        {name: _with_reserve(part) for name, part in phases.items()},
+        by_phase,
         state,
     )
 
@@ -62,31 +64,32 @@ def _with_reserve(part: Mapping[str, float]) -> dict[str, float]:
 
 
 def _staying(demand: Demand, layout: Layout) -> dict[str, float]:
-    """Weights and optimisers; a sharded model keeps trained weights in float32 and computes on what it gathers."""
+    """Weights and optimisers. Whole models are cut over the GPUs of a group; adapters are whole on each."""
     width, shard = demand.width, layout.shard
-    trained = demand.policy_trained + demand.value_trained
-    whole_models_train = demand.rank is None
-    own_width = 4 if shard > 1 and whole_models_train else width
-    policy = demand.policy.parameters * own_width
-    held = {"policy" if whole_models_train else "trunk of policy and reference": policy / shard}
-    if whole_models_train:
-        held["reference"] = demand.policy.parameters * width / shard
-    if demand.value is not None:
-        kept_head = demand.policy.head * width if demand.value_keeps_head else 0
-        held["value model"] = (demand.value.scalar_parameters * own_width + kept_head) / shard
-    held["reward models"] = sum(size.scalar_parameters for size in demand.rewards) * width / shard
-    if not whole_models_train:
-        assert demand.rank is not None
+    trained = (demand.policy_trained + demand.value_trained) / optimiser_shard(demand, layout)
+    policy = demand.policy.parameters * width / shard
+    held: dict[str, float] = {}
+    if demand.rank is None:
+        held |= {"policy": policy, "reference": policy}
+    else:
         one = demand.policy.adapter_parameters(demand.rank, demand.upper_layers)
         adapters = one * (1 + (demand.mode == "adapters") + demand.adapter_rewards)
-        held["adapters"] = adapters * width / shard
-    has_masters = width < 4 and not (shard > 1 and whole_models_train)
-    held["float32 master weights"] = 4.0 * trained / shard if has_masters else 0.0
-    held["Adam moments"] = 8.0 * trained / shard
+        held |= {"trunk of policy and reference": policy, "adapters": float(adapters * width)}
+    if demand.value is not None:
+        kept_head = demand.policy.head if demand.value_keeps_head else 0
+        held["value model"] = (demand.value.scalar_parameters + kept_head) * width / shard
+    held["reward models"] = sum(size.scalar_parameters for size in demand.rewards) * width / shard
+    held["float32 master weights"] = 4.0 * trained if width < 4 else 0.0
+    held["Adam moments"] = 8.0 * trained
     held["gathered layers"] = _gathered(demand) if shard > 1 else 0.0
-    if layout.generator == "vllm":
-        held["generator's weights"] = demand.policy.parameters * width / layout.generator_shard
+    if layout.generator_copy == "always":
+        held["generator's weights"] = float(demand.policy.parameters * width)
     return held
+
+
+def optimiser_shard(demand: Demand, layout: Layout) -> int:
+    """Over how many GPUs gradients and the optimiser's state are cut."""
+    return layout.shard if demand.rank is None else 1
 
 
 def _gathered(demand: Demand) -> float:
@@ -99,12 +102,21 @@ def _rollout(demand: Demand, layout: Layout) -> dict[str, float]:
     size, width, lengths = demand.policy, demand.width, demand.lengths
     rows = rows_together(demand, layout)
     prompts = -(-rows // demand.responses_per_prompt)
-    reading = prompts * lengths.longest_prompt * working_bytes(size, width) if layout.generator == "torch" else 0.0
+    reading = prompts * lengths.longest_prompt * working_bytes(size, width)
     logits = rows * size.vocabulary * (width + 8.0)
+    cache = rows * lengths.longest * cache_bytes(size, width)
     return {
-        "keys and values": rows * lengths.longest * cache_bytes(size, width),
+        "keys and values": cache if layout.cache_gib is None else layout.cache_gib * 2**30,
         "working set": max(reading, logits),
     }
+
+
+def _whole_while_sampling(demand: Demand, layout: Layout) -> dict[str, float]:
+    """The policy's weights once more: gathered from all GPUs, or held by a generator that gives them back."""
+    whole = float(demand.policy.parameters * demand.width)
+    if layout.generator_copy == "while sampling":
+        return {"generator's weights": whole}
+    return {"policy gathered whole": whole * (1 - 1 / layout.shard)} if layout.shard > 1 else {}
 
 
 def rows_together(demand: Demand, layout: Layout) -> int:
@@ -137,10 +149,14 @@ def logits_bytes(demand: Demand, tokens: float) -> float:
 
 def _shared_activations(demand: Demand, layout: Layout) -> float:
     """The lower layers' output for all of a step's sequences, where it is read once for all models."""
-    if not demand.shares_below:
+    if not shares_below(demand, layout):
         return 0.0
-    sequences = -(-demand.sequences // layout.gpus)
-    return sequences * demand.lengths.longest * demand.policy.hidden * float(demand.width)
+    return demand.sequences * demand.lengths.longest * demand.policy.hidden * float(demand.width)
+
+
+def shares_below(demand: Demand, layout: Layout) -> bool:
+    """Whether the layers below the adapters run once for all models, which they do in one process."""
+    return demand.has_lower_layers and layout.gpus == 1
 
 
 def _update(demand: Demand, layout: Layout) -> dict[str, float]:
@@ -160,9 +176,7 @@ def _learning(
     layers = demand.upper_layers or size.layers
     of_layer = activation_bytes(size, width)
     kept = layers * width * size.hidden + of_layer if layout.activation_checkpointing else layers * of_layer
-    gradients = 4.0 * trained / layout.shard
-    if width < 4:
-        gradients += float(width) * (trained if layout.shard == 1 else size.trunk / size.layers + size.head)
+    gradients = (4.0 if width == 4 else 4.0 + width) * trained / optimiser_shard(demand, layout)
     embedding = 0.0 if demand.rank is not None else float(width) * size.head
     return {
         "gradients": gradients,
@@ -175,7 +189,7 @@ def _learning(
 def _state_copies(demand: Demand, layout: Layout) -> dict[str, float]:
     """Copies in main memory of what trains: one that a checkpoint is written from, and a spare one while an update
     runs."""
-    state = 12.0 * (demand.policy_trained + demand.value_trained) / layout.shard
+    state = 12.0 * (demand.policy_trained + demand.value_trained) / optimiser_shard(demand, layout)
     return {
         "checkpoint being written": state if demand.keeps_state else 0.0,
         "spare copy": state if demand.keeps_state and demand.spare_copy else 0.0,

@@ -45,6 +45,7 @@ class Plan:
             "device": self.layout.device.name,
             "shard": self.layout.shard,
             "generator": self.layout.generator,
+            "activation_checkpointing": self.layout.activation_checkpointing,
             "fits": self.fits,
             "memory": {
                 "bytes_there": self.layout.device.memory_gib * 2**30,

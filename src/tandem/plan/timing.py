@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from tandem.plan.arithmetic import adapted_share, cache_bytes, head_flops, layer_traffic, trunk_flops
 from tandem.plan.demand import Demand
 from tandem.plan.layout import Layout
-from tandem.plan.memory import LOGITS_PER_CHUNK, microbatch_tokens, rows_together
+from tandem.plan.memory import LOGITS_PER_CHUNK, microbatch_tokens, optimiser_shard, rows_together, shares_below
 from tandem.plan.model_size import ModelSize
 
 # Passes over an array of logits: to sample from, to read log-probabilities of, and to learn from.
@@ -56,10 +56,8 @@ def step_costs(demand: Demand, layout: Layout) -> dict[str, Cost]:
     }
     if layout.generator == "vllm":
         weights = demand.policy.parameters * demand.width
-        phases["weight sync"] = Cost(
-            network=layout.collective_seconds(weights, layout.shard, demand.policy.layers)
-            + weights / layout.generator_shard / (layout.device.bandwidth * layout.device.bandwidth_share)
-        )
+        weights = demand.policy.parameters * demand.width
+        phases["weight sync"] = Cost(memory=2 * weights / _rates(layout)[1])
     return phases
 
 
@@ -118,10 +116,8 @@ def _rollout(demand: Demand, layout: Layout) -> Cost:
     flops, bandwidth = _rates(layout)
     here, rows = _sequences(demand, layout), rows_together(demand, layout)
     batches = math.ceil(here / rows)
-    split = layout.generator_shard if layout.generator == "vllm" else 1
-    together = rows * split
     steps = lengths.longest_response
-    going = together * lengths.mean_response / steps
+    going = rows * lengths.mean_response / steps
     prompts = -(-here // demand.responses_per_prompt) * lengths.mean_prompt
     reading = Cost(
         trunk_flops(size, prompts, lengths.mean_prompt) / flops,
@@ -129,34 +125,22 @@ def _rollout(demand: Demand, layout: Layout) -> Cost:
         batches * size.layers * device.layer_seconds,
     )
     weights = size.trunk + size.head
-    multiplying = (2.0 * weights * going) / flops / split
-    fetching = weights * demand.width / split / bandwidth
+    multiplying = (2.0 * weights * going) / flops
+    fetching = weights * demand.width / bandwidth
     context = lengths.mean_prompt + lengths.mean_response / 2
-    moved = (
-        going
-        / split
-        * (
-            context * cache_bytes(size, demand.width)
-            + size.layers * layer_traffic(size) * demand.width
-            + size.vocabulary * 4.0 * SAMPLING_PASSES
-        )
+    moved = going * (
+        context * cache_bytes(size, demand.width)
+        + size.layers * layer_traffic(size) * demand.width
+        + size.vocabulary * 4.0 * SAMPLING_PASSES
     )
     a_layer = device.graph_layer_seconds if layout.generator == "vllm" else device.layer_seconds
     token = Cost(
         products=multiplying if multiplying >= fetching else 0.0,
         memory=(fetching if fetching > multiplying else 0.0) + moved / bandwidth,
         calls=(size.layers + 1) * a_layer,
-        network=_token_network(demand, layout),
     )
-    return added([reading, token.times(batches * steps)])
-
-
-def _token_network(demand: Demand, layout: Layout) -> float:
-    """What each token waits for: two sums a layer across a split generator, or the gathering of a sharded policy."""
-    size = demand.policy
-    if layout.generator == "vllm":
-        return 2.0 * size.layers * layout.device.hop_seconds if layout.generator_shard > 1 else 0.0
-    return layout.collective_seconds(size.parameters * float(demand.width), layout.shard, size.layers)
+    whole = Cost(network=layout.collective_seconds(weights * float(demand.width), layout.shard, size.layers))
+    return added([whole, reading, token.times(batches * steps)])
 
 
 def _score(demand: Demand, layout: Layout) -> Cost:
@@ -167,7 +151,7 @@ def _score(demand: Demand, layout: Layout) -> Cost:
         read = _layers(demand, layout, size, sequences, demand.sequences, 1.0)
         costs.append(_with_gathering(demand, layout, size, read, sequences, demand.sequences, learns=False))
     upper = adapted_share(demand.policy, demand.upper_layers)
-    share = demand.adapter_rewards * upper + (1 - upper if demand.shares_below else 0.0)
+    share = demand.adapter_rewards * upper + (1 - upper if shares_below(demand, layout) else 0.0)
     if share:
         costs.append(_layers(demand, layout, demand.policy, sequences, demand.sequences, share))
     return added(costs)
@@ -176,7 +160,7 @@ def _score(demand: Demand, layout: Layout) -> Cost:
 def _evaluate(demand: Demand, layout: Layout) -> Cost:
     """Value model, reference, and the policy: all its rows, or an eighth where the sampler's numbers can stand."""
     sequences, size = _sequences(demand, layout), demand.policy
-    upper = adapted_share(size, demand.upper_layers) if demand.shares_below else 1.0
+    upper = adapted_share(size, demand.upper_layers) if shares_below(demand, layout) else 1.0
     again = 1.0 if demand.recompute else 1 / 8
     policies = _layers(demand, layout, size, sequences, demand.sequences, (1 + again) * upper)
     heads = _head(demand, layout, sequences * (1 + again), 1, READING_PASSES)
@@ -205,7 +189,7 @@ def _update(demand: Demand, layout: Layout) -> Cost:
 def _learning(demand: Demand, layout: Layout, size: ModelSize, epochs: int, minibatch: int, trained: int) -> Cost:
     """A backward is two forwards, or one of products where the weights are frozen; checkpointing adds a forward."""
     sequences = _sequences(demand, layout)
-    upper = adapted_share(size, demand.upper_layers) if demand.shares_below else 1.0
+    upper = adapted_share(size, demand.upper_layers) if shares_below(demand, layout) else 1.0
     forward = _layers(demand, layout, size, sequences, minibatch, upper)
     extra = 1.0 if layout.activation_checkpointing else 0.0
     products = 3.0 if demand.rank is None else 2.0
@@ -213,8 +197,10 @@ def _learning(demand: Demand, layout: Layout, size: ModelSize, epochs: int, mini
     cost = _with_gathering(demand, layout, size, cost, sequences, minibatch, learns=True)
     steps = math.ceil(demand.sequences / minibatch)
     _, bandwidth = _rates(layout)
-    moving = OPTIMISER_BYTES * trained / layout.shard / bandwidth
-    summing = 2 * layout.collective_seconds(4.0 * trained / layout.shard, layout.replicas, size.layers)
+    moving = OPTIMISER_BYTES * trained / optimiser_shard(demand, layout) / bandwidth
+    members = layout.replicas if demand.rank is None else layout.gpus
+    own = 4.0 * trained / optimiser_shard(demand, layout)
+    summing = 2 * layout.collective_seconds(own, members, size.layers)
     return added([cost, Cost(memory=moving, network=summing).times(steps)]).times(epochs)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import KlSection, PpoConfig, RewardSource, SamplingSection, term_names
+from tandem.config import KlSection, PpoConfig, RewardSource, term_names
 from tandem.data.prompts import PromptLimits, read_prompts
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
@@ -22,10 +22,13 @@ from tandem.rewards.composition import Earned, Term, WeightedSum
 from tandem.rewards.function import FunctionReward, RewardFunction, load_function
 from tandem.rewards.model import ModelReward
 from tandem.rewards.remote import RemoteReward
-from tandem.rollout import Generator, TorchGenerator
+from tandem.rollout import Generator, VllmEngine, VllmGenerator
+from tandem.rollout.vllm_generator import check_installed
 from tandem.run import Progress, RunFolder
 from tandem.stages.joint import evaluate, tokens_of
+from tandem.stages.sampling import make_copying_generator, make_engine, make_generator, send_weights
 from tandem.stages.scoring import refused_before_training
+from tandem.stages.together import by_first
 from tandem.stages.update import Course, Engine, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
 from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
@@ -42,6 +45,7 @@ class JointStage:
     reward: WeightedSum
     reward_models: dict[str, RewardModel]
     generator: Generator
+    engine: VllmEngine | None
     learners: tuple[PolicyLearner, ValueLearner] | SharedLearner
     placement: Placement
     sampling: torch.Generator
@@ -103,9 +107,14 @@ class JointStage:
         self.models.value.rescale(mean, std)
 
     def fresh_generator(self, config: PpoConfig) -> Generator:
-        """One with a random state of its own, the same every time, that leaves training's alone."""
+        """One on the weights as they are, with a random state of its own, the same every time."""
+        policy, tokenizer = self.models.policy, self.tokenizer
         random = torch.Generator(device=self.placement.device).manual_seed(config.run.seed + 1)
-        return make_generator(self.models.policy, self.tokenizer, config.rollout, random)
+        if self.engine is None:
+            return make_generator(policy, tokenizer, config.rollout, random)
+        generator = VllmGenerator(self.engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
+        send_weights(policy, generator, version=0)
+        return generator
 
     def save(self, folder: RunFolder) -> None:
         policy = self.models.policy
@@ -119,6 +128,8 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
     `offsets` are those of the reward's terms, where they were found before.
     """
     functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
+    if config.rollout.generator == "vllm":
+        check_installed()
     device, compute = pick_device(config.compute.device), config.compute
     dtype = pick_dtype(compute.precision, device)
     placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code)
@@ -132,7 +143,7 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
     check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
     sampling = torch.Generator(device=device).manual_seed(config.run.seed)
-    generator = make_generator(models.policy, tokenizer, config.rollout, sampling)
+    engine, generator = make_sampler(config, models.policy, tokenizer, [*prompts[0], *prompts[1]], sampling)
     reward = WeightedSum(reward_terms(config.rewards, reward_models, functions, tokenizer))
     if offsets is None:
         reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress)
@@ -146,12 +157,29 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
         reward=reward,
         reward_models=reward_models,
         generator=generator,
+        engine=engine,
         learners=learners(config, models),
         placement=placement,
         sampling=sampling,
         random=torch.Generator().manual_seed(config.run.seed),
-        recompute_logprobs=config.rollout.recompute_logprobs == "always",
+        recompute_logprobs=config.rollout.recompute_logprobs == "always" or config.rollout.off_policy,
     )
+
+
+def make_sampler(
+    config: PpoConfig,
+    policy: CausalPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    random: torch.Generator,
+) -> tuple[VllmEngine | None, Generator]:
+    """What samples the responses of training, and the engine behind it, where that is vLLM's."""
+    if config.rollout.generator == "vllm":
+        longest = max(len(prompt.ids) for prompt in prompts) + config.rollout.max_new_tokens
+        engine = make_engine(policy, config, longest)
+        return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
+    make = make_copying_generator if config.rollout.staleness else make_generator
+    return None, make(policy, tokenizer, config.rollout, random)
 
 
 def reward_terms(
@@ -173,13 +201,16 @@ def scored_by(
     functions: Mapping[str, RewardFunction],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Callable[[Sequence[Rollout]], Earned]:
-    """What scores for one source of reward: the model that was loaded for it, its function, or its server."""
+    """What scores for one source of reward: the model that was loaded for it, its function, or its server.
+
+    Functions and servers are asked once, however many processes train together.
+    """
     if source.model is not None:
         assert model is not None
         return ModelReward(model.scorer, model.tokenizer, source.model, model.context, source.on_error)
     if source.function is not None:
-        return FunctionReward(functions[source.function], source, decoder(tokenizer))
-    return RemoteReward(source, decoder(tokenizer))
+        return by_first(FunctionReward(functions[source.function], source, decoder(tokenizer)))
+    return by_first(RemoteReward(source, decoder(tokenizer)))
 
 
 def centred_on_reference(
@@ -303,17 +334,4 @@ def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, Val
     return (
         PolicyLearner(models.policy, LocalEngine([trunk], policy, "policy"), policy),
         ValueLearner(models.value, LocalEngine(of_value, value, "value model"), value),
-    )
-
-
-def make_generator(
-    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, rollout: SamplingSection, random: torch.Generator
-) -> TorchGenerator:
-    return TorchGenerator(
-        policy,
-        decoder(tokenizer),
-        policy.stop_ids(tokenizer),
-        max_new_tokens=rollout.max_new_tokens,
-        sequences_per_batch=rollout.sequences_per_batch,
-        random=random,
     )

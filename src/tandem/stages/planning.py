@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
-from tandem.config import PpoConfig
+from tandem.config import PpoConfig, VllmSection
 from tandem.errors import InputError
 from tandem.models.cards import read_card
 from tandem.models.source import check_labels, read_config
 from tandem.plan.advice import what_would_fit
 from tandem.plan.demand import PRECISION_BYTES, Lengths, demand_of
-from tandem.plan.devices import GPUS_PER_MACHINE, Device, device_of, gpus_asked_for
+from tandem.plan.devices import Device, device_of, gpus_asked_for
 from tandem.plan.layout import Layout
 from tandem.plan.model_size import ModelSize
 from tandem.plan.planned import Plan, planned
 from tandem.plan.shapes import size_of_shape
 from tandem.plan.words import report
+from tandem.recipe import load_config
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class PlanSettings:
     prompt_tokens: int | None
     response_tokens: int | None
     model_shape: str | None
-    generator: Literal["torch", "vllm"]
-    checkpointing: bool
     json: bool
 
 
-def run_plan(config: PpoConfig, settings: PlanSettings) -> Plan:
-    """Plan, and print it. Raises InputError for GPUs, lengths or models that there are not."""
-    plan = plan_of(config, settings)
+def run_plan(recipe: Path, overrides: Sequence[str], settings: PlanSettings) -> Plan:
+    """Plan, and print it. Raises InputError for GPUs, lengths or models that there are not, and for a recipe that a
+    run on so many GPUs would refuse."""
+    count = gpus_asked_for(settings.gpus)[0]
+    plan = plan_of(load_config(PpoConfig, recipe, [*overrides, f"--parallel.processes={count}"]), settings)
     advice = [] if plan.fits else what_would_fit(plan.demand, plan.layout)
     if settings.json:
         print(json.dumps(plan.record() | {"advice": advice}, indent=2))
@@ -50,13 +50,14 @@ def run_plan(config: PpoConfig, settings: PlanSettings) -> Plan:
 
 
 def plan_of(config: PpoConfig, settings: PlanSettings) -> Plan:
-    count, name = gpus_asked_for(settings.gpus)
+    """The plan of a recipe whose processes are the GPUs asked for."""
+    name = gpus_asked_for(settings.gpus)[1]
     policy, rewards = sizes_of(config, settings.model_shape)
     precision = config.compute.precision
     if precision == "auto":
         precision = "float32" if name == "cpu" else "bfloat16"
     device = device_of(name, policy, precision)
-    layout = layout_of(count, device, policy, PRECISION_BYTES[precision], settings)
+    layout = layout_of(config, device)
     lengths = lengths_of(config, settings)
     return planned(demand_of(config, policy, rewards, lengths, PRECISION_BYTES[precision]), layout)
 
@@ -87,18 +88,28 @@ def sizes_of(config: PpoConfig, shape: str | None) -> tuple[ModelSize, list[Mode
 
 def _reward_size(config: PpoConfig, source: str, trust: bool) -> ModelSize | None:
     card = read_card(source)
-    on_a_trunk = card is not None and card.adapter is not None and config.sharing.mode != "separate"
-    if on_a_trunk and Path(card.base).resolve() == Path(config.policy.model).resolve():
+    if (
+        card is not None
+        and card.adapter is not None
+        and config.sharing.mode != "separate"
+        and Path(card.base).resolve() == Path(config.policy.model).resolve()
+    ):
         return None
     check_labels(source, "rewards.model", trust)
     return ModelSize.of_config(read_config(source, "rewards.model", trust))
 
 
-def layout_of(count: int, device: Device, policy: ModelSize, width: int, settings: PlanSettings) -> Layout:
-    """All GPUs shard every model between them; a generator of its own takes as few to a copy as leave room beside."""
-    split = 1
-    if settings.generator == "vllm":
-        most = min(count, GPUS_PER_MACHINE)
-        wanted = policy.parameters * width / (0.25 * device.memory_gib * 2**30)
-        split = min(2 ** max(0, math.ceil(math.log2(wanted))), 2 ** int(math.log2(most)))
-    return Layout(count, device, count, settings.checkpointing, settings.generator, split)
+def layout_of(config: PpoConfig, device: Device) -> Layout:
+    """As many GPUs as the recipe has processes, with the models cut as it says."""
+    rollout, parallel = config.rollout, config.parallel
+    sleeps = rollout.staleness == 0 and (rollout.vllm is None or rollout.vllm.sleep) and device.is_gpu
+    in_process = rollout.generator == "torch"
+    return Layout(
+        gpus=parallel.processes,
+        device=device,
+        shard=parallel.processes // parallel.replicate,
+        activation_checkpointing=parallel.activation_checkpointing,
+        generator=rollout.generator,
+        generator_copy="never" if in_process and rollout.staleness == 0 else "while sampling" if sleeps else "always",
+        cache_gib=None if in_process else (rollout.vllm or VllmSection()).kv_cache_gib,
+    )
