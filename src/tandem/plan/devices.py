@@ -124,7 +124,10 @@ class Ceilings:
     bandwidth: float
 
 
-def measure_ceilings(size: ModelSize, precision: str, device: str) -> Ceilings:
+Timer = Callable[[], float]
+
+
+def measure_ceilings(size: ModelSize, precision: str, device: str, timer: Timer = time.perf_counter) -> Ceilings:
     """The fastest of products of the model's own width with 2,048 rows, and of summing 256 MiB."""
     dtype = getattr(torch, precision)
     inner = size.hidden
@@ -132,25 +135,26 @@ def measure_ceilings(size: ModelSize, precision: str, device: str) -> Ceilings:
     for outer in (inner, 4 * inner):
         left = torch.randn(2048, inner, dtype=dtype, device=device)
         right = torch.randn(outer, inner, dtype=dtype, device=device)
-        best = max(best, 2 * 2048 * inner * outer / _fastest(lambda: torch.nn.functional.linear(left, right), device))  # noqa: B023
+        seconds = _fastest(lambda: torch.nn.functional.linear(left, right), device, timer)  # noqa: B023
+        best = max(best, 2 * 2048 * inner * outer / seconds)
     block = torch.randn(2**26, device=device)
-    return Ceilings(best, block.numel() * 4 / _fastest(block.sum, device))
+    return Ceilings(best, block.numel() * 4 / _fastest(block.sum, device, timer))
 
 
-def _fastest(work: Callable[[], object], device: str, tries: int = 7) -> float:
+def _fastest(work: Callable[[], object], device: str, timer: Timer, tries: int = 7) -> float:
     seconds = []
     for _ in range(tries):
-        start = time.perf_counter()
+        start = timer()
         work()
         if device != "cpu":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(timer() - start)
     return min(seconds[2:])
 
 
-def this_machine(size: ModelSize, precision: str) -> Device:
+def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_counter) -> Device:
     """This machine's processor: its memory, its ceilings at the model's width, what calling a layer costs."""
-    ceilings = measure_ceilings(size, precision, CPU)
+    ceilings = measure_ceilings(size, precision, CPU, timer)
     return Device(
         name=CPU,
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
@@ -159,21 +163,21 @@ def this_machine(size: ModelSize, precision: str) -> Device:
         link=ceilings.bandwidth,
         network=ceilings.bandwidth,
         runtime_gib=_runtime_gib(),
-        product_share=0.75,
-        bandwidth_share=0.8,
-        layer_seconds=_layer_seconds(),
+        product_share=1.0,
+        bandwidth_share=1.0,
+        layer_seconds=_layer_seconds(timer),
         is_gpu=False,
     )
 
 
-def _layer_seconds() -> float:
+def _layer_seconds(timer: Timer) -> float:
     """What calling a layer costs where its work is next to nothing: one token through sixteen narrow layers."""
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=16, num_attention_heads=1, pad_token_id=None
     )
     model, ids = LlamaModel(config).eval(), torch.zeros(1, 1, dtype=torch.int64)
     with torch.no_grad():
-        return _fastest(lambda: model(input_ids=ids, use_cache=False), CPU, tries=20) / config.num_hidden_layers
+        return _fastest(lambda: model(input_ids=ids, use_cache=False), CPU, timer, tries=20) / config.num_hidden_layers
 
 
 def _runtime_gib() -> float:

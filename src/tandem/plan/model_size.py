@@ -19,7 +19,8 @@ class ModelSize:
     `trunk` are the weights that are multiplied with each token in the layers together, `head` those of the projection
     on the vocabulary. `body` is everything but the head, embeddings and norms included; where the head is `tied`, it
     is the embedding. `attention` and `keys` are the widths of all query heads and of all key heads together,
-    `inner` is that of the feed-forward part, `linear_ends` the inputs and outputs of one layer's matrices added up.
+    `head_width` that of one, `inner` that of the
+    feed-forward part, `linear_ends` the inputs and outputs of one layer's matrices added up.
     """
 
     layers: int
@@ -28,6 +29,7 @@ class ModelSize:
     hidden: int
     attention: int
     keys: int
+    head_width: int
     inner: int
     body: int
     tied: bool
@@ -78,6 +80,7 @@ class ModelSize:
             hidden=text.hidden_size,
             attention=text.num_attention_heads * head_dim,
             keys=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
+            head_width=head_dim,
             inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             body=sum(parameter.numel() for parameter in model.base_model.parameters()),
             tied=head.weight is model.get_input_embeddings().weight,

@@ -14,6 +14,12 @@ from tandem.plan.model_size import ModelSize
 
 # Passes over an array of logits: to sample from, to read log-probabilities of, and to learn from.
 SAMPLING_PASSES, READING_PASSES, LEARNING_PASSES = 6, 4, 10
+# Attention's products are as narrow as a head; narrower than this they reach so much less of the rate.
+WIDE_HEAD = 64
+# Keys and values are read, and the scores over them written and read.
+CACHE_PASSES = 2
+# What LoRA adds to a layer: passes over its matrices' inputs and outputs, and calls.
+ADAPTER_PASSES, ADAPTER_CALLS = 3, 2
 # Bytes that an optimiser step reads and writes for a weight: clipping, AdamW, the compute weight.
 OPTIMISER_BYTES = 46
 
@@ -71,14 +77,25 @@ def _sequences(demand: Demand, layout: Layout) -> int:
     return -(-demand.sequences // layout.gpus)
 
 
-def _layers(demand: Demand, layout: Layout, size: ModelSize, sequences: int, minibatch: int, share: float) -> Cost:
-    """One forward of a share of the layers over so many sequences, a micro-batch at a time."""
+def _reading(demand: Demand, layout: Layout, size: ModelSize, tokens: float, length: float, rank: int) -> Cost:
+    """So many tokens through all layers, the calls apart; a rank of 0 is no adapter."""
     flops, bandwidth = _rates(layout)
-    tokens = sequences * demand.lengths.mean
-    traffic = tokens * size.layers * layer_traffic(size) * demand.width
+    weights = trunk_flops(size, tokens, 0) + 2.0 * tokens * size.adapter_parameters(rank, None)
+    attention = trunk_flops(size, tokens, length) - trunk_flops(size, tokens, 0)
+    products = weights + attention * max(1.0, WIDE_HEAD / size.head_width)
+    a_token = layer_traffic(size) + (ADAPTER_PASSES * size.linear_ends if rank else 0)
+    return Cost(products / flops, tokens * size.layers * a_token * demand.width / bandwidth)
+
+
+def _layers(
+    demand: Demand, layout: Layout, size: ModelSize, sequences: int, minibatch: int, share: float, rank: int = 0
+) -> Cost:
+    """One forward of a share of the layers over so many sequences, a micro-batch at a time."""
     passes = math.ceil(sequences * demand.lengths.longest / microbatch_tokens(demand, minibatch, layout))
-    calls = passes * size.layers * layout.device.layer_seconds
-    return Cost(trunk_flops(size, tokens, demand.lengths.mean) / flops, traffic / bandwidth, calls).times(share)
+    calls = passes * size.layers * layout.device.layer_seconds * (1 + (ADAPTER_CALLS if rank else 0))
+    lengths = demand.lengths
+    reading = _reading(demand, layout, size, sequences * lengths.mean, lengths.mean, rank)
+    return added([reading, Cost(calls=calls)]).times(share)
 
 
 def _head(demand: Demand, layout: Layout, sequences: float, projections: float, passes: int) -> Cost:
@@ -119,25 +136,25 @@ def _rollout(demand: Demand, layout: Layout) -> Cost:
     steps = lengths.longest_response
     going = rows * lengths.mean_response / steps
     prompts = -(-here // demand.responses_per_prompt) * lengths.mean_prompt
-    reading = Cost(
-        trunk_flops(size, prompts, lengths.mean_prompt) / flops,
-        prompts * size.layers * layer_traffic(size) * demand.width / bandwidth,
-        batches * size.layers * device.layer_seconds,
-    )
+    rank = demand.rank or 0
+    more_calls = 1 + (ADAPTER_CALLS if rank and layout.generator == "torch" else 0)
+    calls = Cost(calls=batches * size.layers * device.layer_seconds * more_calls)
+    reading = added([_reading(demand, layout, size, prompts, lengths.mean_prompt, rank), calls])
     weights = size.trunk + size.head
     multiplying = (2.0 * weights * going) / flops
     fetching = weights * demand.width / bandwidth
     context = lengths.mean_prompt + lengths.mean_response / 2
+    a_token = layer_traffic(size) + (ADAPTER_PASSES * size.linear_ends if rank else 0)
     moved = going * (
-        context * cache_bytes(size, demand.width)
-        + size.layers * layer_traffic(size) * demand.width
+        context * cache_bytes(size, demand.width) * CACHE_PASSES
+        + size.layers * a_token * demand.width
         + size.vocabulary * 4.0 * SAMPLING_PASSES
     )
     a_layer = device.graph_layer_seconds if layout.generator == "vllm" else device.layer_seconds
     token = Cost(
         products=multiplying if multiplying >= fetching else 0.0,
         memory=(fetching if fetching > multiplying else 0.0) + moved / bandwidth,
-        calls=(size.layers + 1) * a_layer,
+        calls=(size.layers + 1) * a_layer * more_calls,
     )
     whole = Cost(network=layout.collective_seconds(weights * float(demand.width), layout.shard, size.layers))
     return added([whole, reading, token.times(batches * steps)])
@@ -153,7 +170,7 @@ def _score(demand: Demand, layout: Layout) -> Cost:
     upper = adapted_share(demand.policy, demand.upper_layers)
     share = demand.adapter_rewards * upper + (1 - upper if shares_below(demand, layout) else 0.0)
     if share:
-        costs.append(_layers(demand, layout, demand.policy, sequences, demand.sequences, share))
+        costs.append(_layers(demand, layout, demand.policy, sequences, demand.sequences, share, demand.rank or 0))
     return added(costs)
 
 
@@ -162,9 +179,11 @@ def _evaluate(demand: Demand, layout: Layout) -> Cost:
     sequences, size = _sequences(demand, layout), demand.policy
     upper = adapted_share(size, demand.upper_layers) if shares_below(demand, layout) else 1.0
     again = 1.0 if demand.recompute else 1 / 8
-    policies = _layers(demand, layout, size, sequences, demand.sequences, (1 + again) * upper)
+    rank = demand.rank or 0
+    reference = _layers(demand, layout, size, sequences, demand.sequences, upper)
+    policies = added([reference, _layers(demand, layout, size, sequences, demand.sequences, again * upper, rank)])
     heads = _head(demand, layout, sequences * (1 + again), 1, READING_PASSES)
-    value = _layers(demand, layout, demand.value or size, sequences, demand.sequences, upper)
+    value = _layers(demand, layout, demand.value or size, sequences, demand.sequences, upper, rank)
     return added(
         [
             _with_gathering(demand, layout, size, added([policies, heads]), sequences, demand.sequences, learns=False),
@@ -190,7 +209,7 @@ def _learning(demand: Demand, layout: Layout, size: ModelSize, epochs: int, mini
     """A backward is two forwards, or one of products where the weights are frozen; checkpointing adds a forward."""
     sequences = _sequences(demand, layout)
     upper = adapted_share(size, demand.upper_layers) if shares_below(demand, layout) else 1.0
-    forward = _layers(demand, layout, size, sequences, minibatch, upper)
+    forward = _layers(demand, layout, size, sequences, minibatch, upper, demand.rank or 0)
     extra = 1.0 if layout.activation_checkpointing else 0.0
     products = 3.0 if demand.rank is None else 2.0
     cost = Cost((products + extra) * forward.products, (3 + extra) * forward.memory, (3 + extra) * forward.calls)
