@@ -72,52 +72,52 @@ def plan_for(workload: Workload, size: ModelSize, device: Device) -> Plan:
     return planned(replace(demand, keeps_state=False), layout)
 
 
-def check(workload: Workload, folder: Path, devices: dict[int, Device]) -> dict[str, Any]:
-    """What was planned and what was measured, for one case."""
-    size = ModelSize.of(workload.model)
-    if size.hidden not in devices:
-        devices[size.hidden] = this_machine(size, "float32", time.process_time)
+def measured(workload: Workload, folder: Path) -> dict[str, Any]:
+    """Peak memory, and the median seconds of each phase."""
     adapters = AdapterSection(upper_layers=workload.upper_layers) if workload.sharing == "adapters" else None
     reward = folder / f"reward-{Path(workload.model).name}-{workload.sharing}-{workload.upper_layers}"
     if not reward.exists():
         make_reward_model(workload.model, reward, adapters)
     command = [sys.executable, "-m", "plan_check.step", workload.to_json(), str(reward), str(STEPS)]
-    found, plan = answer_of(command), plan_for(workload, size, devices[size.hidden])
+    found = answer_of(command)
     seconds = {name: statistics.median(step[f"time/{name}"] for step in found["steps"]) for name in PHASES}
+    return {"memory_gib": found["peak_memory_gib"], "seconds": seconds}
+
+
+def compared(workload: Workload, plan: Plan, found: dict[str, Any]) -> dict[str, Any]:
+    """What was planned and what was measured, for one case."""
     return {
         "name": workload.name,
         "workload": {**json.loads(workload.to_json()), "model": Path(workload.model).name},
-        "memory_gib": {"planned": plan.memory.peak / 2**30, "measured": found["peak_memory_gib"]},
-        "components_gib": {name: held / 2**30 for name, held in plan.memory.at_peak.items()},
-        "seconds": {
-            "planned": {name: plan.phases[name].total for name in PHASES},
-            "measured": seconds,
-            "planned_step": plan.seconds,
-            "measured_step": sum(seconds.values()),
+        "measured": found,
+        "planned": {
+            "memory_gib": plan.memory.peak / 2**30,
+            "components_gib": {name: held / 2**30 for name, held in plan.memory.at_peak.items()},
+            "seconds": {name: plan.phases[name].total for name in PHASES},
         },
     }
 
 
+def earlier(here: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was measured on this machine before, by case, so that a check that was cut short goes on."""
+    path = RESULTS / "plan.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {case["name"]: case["measured"] for case in record.get("cases", []) if record["machine"] == here}
+
+
 def page(record: dict[str, Any]) -> str:
-    rows = record["cases"]
-    head = "| case | memory, GiB: planned | measured | off by | " + "a step, s: planned | measured | off by |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        memory, seconds = row["memory_gib"], row["seconds"]
-        lines.append(
-            f"| {row['name']} | {memory['planned']:.2f} | {memory['measured']:.2f} | "
-            f"{off(memory['planned'], memory['measured'])} | {seconds['planned_step']:.2f} | "
-            f"{seconds['measured_step']:.2f} | {off(seconds['planned_step'], seconds['measured_step'])} |"
-        )
+    lines = [
+        "| case | memory, GiB: planned | measured | off by | a step, s: planned | measured | off by |",
+        "|---|---|---|---|---|---|---|",
+    ]
     phases = ["| case | " + " | ".join(PHASES) + " |", "|---" * (len(PHASES) + 1) + "|"]
-    for row in rows:
-        seconds = row["seconds"]
-        cells = [
-            f"{seconds['planned'][name]:.2f} / {seconds['measured'][name]:.2f} "
-            f"({off(seconds['planned'][name], seconds['measured'][name])})"
-            for name in PHASES
-        ]
-        phases.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    for case in record["cases"]:
+        plan, found = case["planned"], case["measured"]
+        memory = versus(plan["memory_gib"], found["memory_gib"])
+        step = versus(sum(plan["seconds"].values()), sum(found["seconds"].values()))
+        lines.append(f"| {case['name']} | {' | '.join([*memory, *step])} |")
+        cells = ["{} / {} ({})".format(*versus(plan["seconds"][name], found["seconds"][name])) for name in PHASES]
+        phases.append(f"| {case['name']} | {' | '.join(cells)} |")
     here = record["machine"]
     return f"""# The planner against measurement
 
@@ -136,21 +136,26 @@ Seconds by phase, planned / measured:
 """
 
 
-def off(planned_value: float, measured: float) -> str:
-    return f"{planned_value / measured - 1:+.0%}"
+def versus(planned_value: float, found: float) -> list[str]:
+    """Planned, measured, and by how much the plan is off."""
+    return [f"{planned_value:.2f}", f"{found:.2f}", f"{planned_value / found - 1:+.0%}"]
 
 
 def main() -> None:
-    record: dict[str, Any] = {"machine": machine(torch.device("cpu"), 1), "cases": []}
+    here = machine(torch.device("cpu"), 1)
     torch.set_num_threads(1)
-    devices: dict[int, Device] = {}
+    known, devices, found = earlier(here), {}, []
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as made:
         for workload in cases(sys.argv[1], Path(made)):
-            found = check(workload, Path(made), devices)
-            record["cases"].append(found)
-            print(json.dumps(found["memory_gib"]), json.dumps(found["seconds"]), workload.name, flush=True)
-    (RESULTS / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / "plan.md").write_text(page(record), encoding="utf-8")
+            size = ModelSize.of(workload.model)
+            if size.hidden not in devices:
+                devices[size.hidden] = this_machine(size, "float32", time.process_time)
+            measurement = known.get(workload.name) or measured(workload, Path(made))
+            found.append(compared(workload, plan_for(workload, size, devices[size.hidden]), measurement))
+            print(json.dumps(found[-1]["measured"]), workload.name, flush=True)
+            record = {"machine": here, "cases": found}
+            (RESULTS / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (RESULTS / "plan.md").write_text(page(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,9 +66,9 @@ def page(curves: Mapping[str, Mapping[int, Plan]]) -> str:
     lines = [
         "# Planned: 1B to 70B on 1 to 1,024 GPUs",
         "",
-        f"Made by `make plan-curves`; how it is planned: [scale.md](../scale.md). **Nothing here is measured.**",
-        f"{CARD}, bfloat16, four separate models of one size, activation checkpointing, the torch generator; 1,024 prompts of",
-        "512 tokens with responses of 1,024 in every step, whatever the number of GPUs.",
+        "Made by `make plan-curves`; how it is planned: [scale.md](../scale.md). **Nothing here is measured.**",
+        f"{CARD}, bfloat16, four separate models of one size, activation checkpointing, the torch generator; 1,024",
+        "prompts of 512 tokens with responses of 1,024 in every step, whatever the number of GPUs.",
         "",
         "![seconds a step](scaling.png)",
         "",
