@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from study.best_of_n import course_of, oracle_course
+from study.best_of_n import course_of
 from study.frontier import Point, at_distance
 from study.training import DPO, DPO_EPOCHS, JOINT, RESPONSES
 
@@ -38,7 +38,7 @@ def summary_of(found: Sequence[tuple[int, str, Any]]) -> dict[str, Any]:
     for seed, part, raw in found:
         if part == "best of n":
             references[seed] = reference_of(raw)
-            courses.append({"method": "best of n by gold", "seed": seed, "points": oracle_course(raw)})
+            courses.append({"method": "best of n by gold", "seed": seed, "points": course_of(raw, "gold")})
         courses.append({"method": part, "seed": seed, "points": points_of(part, raw, references.get(seed))})
     for course in courses:
         course["points"] = [asdict(point) for point in course["points"]]
@@ -53,7 +53,7 @@ def reference_of(scores: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, f
 def points_of(part: str, raw: Any, reference: Mapping[str, float] | None) -> list[Point]:
     """Where training begins, the policy is the reference: its mean is known from many more answers."""
     if part == "best of n":
-        return course_of(raw)
+        return course_of(raw, "reward")
     assert reference is not None
     start = Point(0.0, reference["gold_mean"], reference["reward_mean"])
     if part == "DPO":
@@ -131,13 +131,15 @@ def page(everything: Mapping[str, Any]) -> str:
         "",
         "Best-of-n is the most efficient in KL as far as it goes: about 3 nats, for 64 answers to every question, for "
         "ever. A trained policy pays once and goes on: farther out the gains are larger than any n of that size "
-        "reaches, at a KL at which the text is another language. Between PPO and A2C there is nothing to choose here, "
-        "since each batch is used once; DPO, without a reward model and without sampling, comes close to both.",
+        "reaches, and the text is mostly stock praise that leaves its opening behind (the rollouts after the last step "
+        "are in `runs/study/seed-*/ppo/rollouts/heldout_after.jsonl`). Between PPO and A2C there is nothing to choose "
+        "here, since each batch is used once; DPO, without a reward model and without sampling, comes close to both.",
         "",
         "## What the reward model thinks against what gold says",
         "",
         "Gains in spreads of the reference's own answers: by the reward model / by gold. Where the first outruns the "
-        "second, the policy finds what the reward model gets wrong.",
+        "second, the policy finds what the reward model gets wrong. For best-of-n the ratio of the two is little more "
+        "than how far reward model and gold agree on the reference's own answers.",
         "",
         *table(rows, methods, len(seeds), "reward_in_spreads", "gold_in_spreads"),
         "",
