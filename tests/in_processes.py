@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.world import RENDEZVOUS
+from tandem.world import RENDEZVOUS, end
 
 
 def run_in_processes(commands: Sequence[Sequence[str]], folder: Path, processes: int = 2) -> list[int]:
@@ -41,10 +41,11 @@ def _run(folder: Path) -> None:
         os.environ[RENDEZVOUS] = str(folder / f"rendezvous_{number}")
         statuses.append(main(words))
         if statuses[-1] not in (0, 130):
-            raise SystemExit(statuses[-1])
+            end(statuses[-1])
     if os.environ["RANK"] == "0":
         (folder / "statuses.json").write_text(" ".join(map(str, statuses)))
 
 
 if __name__ == "__main__":
     _run(Path(sys.argv[1]))
+    end(0)

@@ -251,7 +251,7 @@ def test_wrong_settings_are_seen_to_fail(name, least):
 
 
 def test_a_biased_value_start_collapses_and_its_remedies_bring_it_back():
-    steps, episodes = 120, 256
+    steps, episodes = 60, 256
     default = trained(COUNTER_ROWS, "default", steps, episodes)
     collapsed = trained(COUNTER_ROWS, "V starts at 3, TD(0) / TD(0)", steps, episodes)
     assert default.gap < 1.0

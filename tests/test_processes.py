@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from in_processes import run_in_processes
 from tandem.cli import main
+from tandem.run.checkpoints import damage
 from tandem.run.folder import read_metrics
 from test_commands import WORDS, pair_file, ppo_words, prompt_file, refused, with_function, write
+from test_resume import self_ending_reward
 
 TOLERANCE = 1e-5
+# Rounded to 8 bits, in another order. In five steps weights move no further than this, so what it holds are losses and
+# the gradient's norm.
+BFLOAT16 = 1e-2
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 
 
@@ -69,25 +80,54 @@ SHARING = {
 }
 
 
+ONLY_IN_TWO = {"replicated": ("sft", ["--parallel.replicate=2"])}
+"""Runs that only several processes can make, by the run of one process that they must equal."""
+
+
 def test_two_processes_are_as_one(tiny, tmp_path):
     small = "--compute.tokens_per_microbatch=40"
     commands = {stage: [*data_words(tmp_path, stage, tiny()), small] for stage in ("sft", "reward", "dpo")}
     commands |= {name: joint_words(tmp_path, tiny(), options) for name, options in SHARING.items()}
+    commands["bfloat16"] = [*commands["sft"], "--compute.precision=bfloat16"]
+
+    def into(group: str, name: str, words: list[str]) -> list[str]:
+        return [*words, f"--run.directory={tmp_path / group / name}"]
+
     for name, words in commands.items():
-        assert main([*words, f"--run.directory={tmp_path / 'one' / name}"]) == 0
-    in_two = [[*words, f"--run.directory={tmp_path / 'two' / name}"] for name, words in commands.items()]
-    assert run_in_processes(in_two, tmp_path / "processes") == [0] * len(commands)
+        assert main(into("one", name, words)) == 0
+    in_two = [into("two", name, words) for name, words in commands.items()]
+    in_two += [into("two", name, [*commands[like], *options]) for name, (like, options) in ONLY_IN_TWO.items()]
+    assert run_in_processes(in_two, tmp_path / "processes") == [0] * len(in_two)
     for name in commands:
-        assert_same(tmp_path / "one" / name, tmp_path / "two" / name)
+        assert_same(tmp_path / "one" / name, tmp_path / "two" / name, BFLOAT16 if name == "bfloat16" else TOLERANCE)
+    for name, (like, _) in ONLY_IN_TWO.items():
+        assert_same(tmp_path / "one" / like, tmp_path / "two" / name)
+    for name in SHARING:
+        assert main(into("again", name, [*commands[name], "--parallel.activation_checkpointing=true"])) == 0
+        assert_same(tmp_path / "one" / name, tmp_path / "again" / name)
 
 
 def test_more_processes_than_rows_are_refused(tiny, tmp_path, capsys):
     words = [*data_words(tmp_path, "sft", tiny()), f"--run.directory={tmp_path / 'run'}"]
+    capsys.readouterr()
     assert "at most 5 processes" in refused(capsys, [*words, "--processes=6"])
 
 
 def kept_steps(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+def ended_by_ctrl_c(tmp_path: Path, model: Path) -> list[str]:
+    """A run of which one process is told to end while responses are scored."""
+    function, _ = self_ending_reward(tmp_path, call=4, name="SIGINT")
+    words = ppo_words(tmp_path, model, f"--rewards.0.function={function}", "--value.start=policy", "--steps=9")
+    return [*words, f"--run.directory={tmp_path / 'ended'}"]
+
+
+def assert_all_is_saved(run: Path) -> None:
+    newest = kept_steps(run)[-1]
+    assert damage(run / "checkpoints" / newest) is None
+    assert newest == f"step_{len(read_metrics(run)):06d}"
 
 
 def test_a_run_goes_on_in_another_number_of_processes(tiny, tmp_path):
@@ -100,9 +140,76 @@ def test_a_run_goes_on_in_another_number_of_processes(tiny, tmp_path):
 
     assert main(words("whole", 4)) == 0
     assert main(words("one_then_two", 2)) == 0
-    assert run_in_processes([words("two_then_one", 2), onward("one_then_two")], tmp_path / "processes") == [0, 0]
+    in_two = [words("two_then_one", 2), onward("one_then_two"), ended_by_ctrl_c(tmp_path, tiny())]
+    assert run_in_processes(in_two, tmp_path / "processes") == [0, 0, 130]
+    assert_all_is_saved(tmp_path / "ended")
     assert (tmp_path / "two_then_one" / "checkpoints" / "step_000002" / "tensors" / ".metadata").exists()
     assert main([*onward("two_then_one"), "--parallel.processes=1"]) == 0
     for name in ("one_then_two", "two_then_one"):
         assert_same(tmp_path / "whole", tmp_path / name)
         assert "step_000004" in kept_steps(tmp_path / name)
+
+
+def test_what_a_process_refuses_is_one_message(tiny, tmp_path, capfd):
+    words = data_words(tmp_path, "sft", tiny())
+    words[1] = f"--model={tmp_path / 'none'}"
+    assert together([*words, f"--run.directory={tmp_path / 'run'}"]) == 2
+    said = capfd.readouterr().err
+    assert said.count("tandem: ") == 1
+    assert "there is no such folder" in said
+    assert "Traceback" not in said
+
+
+def children_of(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_sigterm_to_the_launcher_ends_all_with_a_checkpoint(tiny, tmp_path):
+    run = tmp_path / "run"
+    words = [*data_words(tmp_path, "sft", tiny()), "--epochs=10000", "--processes=2", f"--run.directory={run}"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "tandem", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        assert launcher.poll() is None, launcher.communicate()[0]
+        time.sleep(0.05)
+    workers = children_of(launcher.pid)
+    assert len(workers) == 2
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 130, said
+    assert "Traceback" not in said
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert_all_is_saved(run)
+
+
+ON_LOOPBACK = ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+"""Before a command: a network of its own with nothing but loopback, since torchrun's store listens everywhere."""
+
+
+def has_network_of_its_own() -> bool:
+    try:
+        return subprocess.run([*ON_LOOPBACK, "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def test_torchrun_gives_what_one_process_gives(tiny, tmp_path):
+    if not has_network_of_its_own():
+        pytest.skip("no process can be given a network of its own here")
+    words = data_words(tmp_path, "sft", tiny())
+    assert main([*words, f"--run.directory={tmp_path / 'one'}"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tandem"]
+    done = subprocess.run(
+        [*ON_LOOPBACK, *torchrun, *words, f"--run.directory={tmp_path / 'two'}"],
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert_same(tmp_path / "one", tmp_path / "two")

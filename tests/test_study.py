@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from study.best_of_n import CANDIDATES, course_of
 from study.frontier import Point, at_distance, expected_best
 
 
@@ -28,3 +29,14 @@ def test_a_point_between_two_that_were_measured() -> None:
     share = (1.5 - root_half) / (2.0 - root_half)
     assert at_distance(course, 2.25) == Point(2.25, pytest.approx(0.2 + 0.3 * share), pytest.approx(1.5 + 1.5 * share))
     assert at_distance(course, 4.5) is None
+
+
+def test_whoever_chooses_gets_the_better_of_its_own_score() -> None:
+    random = torch.Generator().manual_seed(0)
+    scores = {name: torch.randn(3, CANDIDATES, generator=random).tolist() for name in ("reward", "gold")}
+    by_reward, by_gold = course_of(scores, "reward"), course_of(scores, "gold")
+    assert by_reward[0] == by_gold[0], "the best of one is the mean, whoever chooses"
+    for one, other in zip(by_reward[1:], by_gold[1:], strict=True):
+        assert one.kl == other.kl
+        assert one.reward > other.reward
+        assert other.gold > one.gold

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from study.frontier import Point, expected_best
 from study.training import Demo
@@ -44,16 +43,11 @@ def candidates(demo: Demo, progress: Progress) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def course_of(scores: dict[str, Sequence[Sequence[float]]]) -> list[Point]:
-    """One point for each n."""
-    by_reward, by_gold = (torch.tensor(scores[name]) for name in ("reward", "gold"))
+def course_of(scores: Mapping[str, Sequence[Sequence[float]]], chosen_by: str) -> list[Point]:
+    """One point for each n; "reward" chooses, or "gold" itself: what no reward model can beat."""
+    of = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in scores.items()}
+    choice = of[chosen_by]
     return [
-        Point(best_of_n_kl_bound(n), expected_best(by_reward, by_gold, n), expected_best(by_reward, by_reward, n))
+        Point(best_of_n_kl_bound(n), expected_best(choice, of["gold"], n), expected_best(choice, of["reward"], n))
         for n in SIZES
     ]
-
-
-def oracle_course(scores: dict[str, Sequence[Sequence[float]]]) -> list[Point]:
-    """The same where gold itself chooses: what no reward model can beat."""
-    by_gold: Tensor = torch.tensor(scores["gold"])
-    return [Point(best_of_n_kl_bound(n), best := expected_best(by_gold, by_gold, n), best) for n in SIZES]

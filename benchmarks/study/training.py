@@ -19,7 +19,7 @@ RESPONSES = 4
 JOINT = ["--steps=8", "--policy.schedule=constant", "--eval_every=1", f"--eval_responses_per_prompt={RESPONSES}"]
 JOINT_METHODS = {"PPO": [], "A2C": ["--policy.loss=a2c"]}
 DPO = ["--beta=0.05", "--optimizer.lr=5e-4", "--optimizer.schedule=constant", "--optimizer.warmup_fraction=0"]
-DPO_EPOCHS = (0.1, 0.25, 0.5, 1.0)
+DPO_EPOCHS = (0.1, 0.25, 0.5)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ class Signals:
         return self.requested
 
     def end_if_terminating(self) -> None:
-        """Between two pieces of work: raises Terminated where SIGTERM has come."""
+        """Between two pieces of work: raises Terminated where SIGTERM has come, to any that trains with this one."""
+        if not world().alone:
+            self.agreed()
         if self.terminating:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise Terminated

@@ -26,7 +26,7 @@ from tandem.rollout import Generator, VllmEngine, VllmGenerator
 from tandem.rollout.vllm_generator import check_installed
 from tandem.run import Progress, RunFolder
 from tandem.stages.joint import evaluate, tokens_of
-from tandem.stages.sampling import make_copying_generator, make_engine, make_generator, send_weights
+from tandem.stages.sampling import make_engine, make_generator, send_weights
 from tandem.stages.scoring import refused_before_training
 from tandem.stages.together import by_first
 from tandem.stages.update import Course, Engine, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
@@ -178,8 +178,7 @@ def make_sampler(
         longest = max(len(prompt.ids) for prompt in prompts) + config.rollout.max_new_tokens
         engine = make_engine(policy, config, longest)
         return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
-    make = make_copying_generator if config.rollout.staleness else make_generator
-    return None, make(policy, tokenizer, config.rollout, random)
+    return None, make_generator(policy, tokenizer, config.rollout, random, copies=config.rollout.staleness > 0)
 
 
 def reward_terms(

@@ -71,32 +71,23 @@ def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
 
 
 def make_generator(
-    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, rollout: SamplingSection, random: torch.Generator
+    policy: CausalPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: SamplingSection,
+    random: torch.Generator,
+    *,
+    copies: bool = False,
 ) -> TorchGenerator:
-    """One that samples from the policy itself."""
+    """One that samples from the policy itself, or from a copy of it, so that it can while the policy trains."""
+    sampler = policy.own_copy() if copies else policy
     return TorchGenerator(
-        policy,
+        sampler,
         decoder(tokenizer),
         policy.stop_ids(tokenizer),
         max_new_tokens=rollout.max_new_tokens,
         sequences_per_batch=rollout.sequences_per_batch,
         random=random,
-    )
-
-
-def make_copying_generator(
-    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, rollout: SamplingSection, random: torch.Generator
-) -> TorchGenerator:
-    """One that samples from a copy of the policy, so that it can while the policy trains."""
-    copy = policy.own_copy()
-    return TorchGenerator(
-        copy,
-        decoder(tokenizer),
-        policy.stop_ids(tokenizer),
-        max_new_tokens=rollout.max_new_tokens,
-        sequences_per_batch=rollout.sequences_per_batch,
-        random=random,
-        load=copy.load_weights,
+        load=sampler.load_weights if copies else None,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tandem.algo import Sums
-from tandem.errors import InputError
+from tandem.errors import InputError, Interrupted
 from tandem.run import Progress
 from tandem.run.lock import claimed
 from tandem.run.record import Recipe
@@ -24,6 +24,9 @@ Found = TypeVar("Found")
 def begun(path: Path, stage: str, config: Recipe, resume: bool, progress: Progress) -> Iterator[Start]:
     """Hold the run's folder and find where to begin. The first process does so, and tells the others.
 
+    All of them stay until each has done its part: one that ended before the first had saved the models would have it
+    ended by what started them.
+
     Raises InputError where the recipe is for several processes and this is one alone.
     """
     if config.parallel.processes != world().size:
@@ -38,7 +41,12 @@ def begun(path: Path, stage: str, config: Recipe, resume: bool, progress: Progre
             held.enter_context(claimed(path))
             return start_of(path, stage, config, resume, progress)
 
-        yield world().from_first(begin)
+        try:
+            yield world().from_first(begin)
+        except Interrupted:
+            world().wait_for_all()
+            raise
+        world().wait_for_all()
 
 
 def reported_once(path: Path, warn: Callable[[str], None]) -> AbstractContextManager[None]:
