@@ -19,8 +19,8 @@ class ModelSize:
     `trunk` are the weights that are multiplied with each token in the layers together, `head` those of the projection
     on the vocabulary. `body` is everything but the head, embeddings and norms included; where the head is `tied`, it
     is the embedding. `attention` and `keys` are the widths of all query heads and of all key heads together,
-    `head_width` that of one, `inner` that of the
-    feed-forward part, `linear_ends` the inputs and outputs of one layer's matrices added up.
+    `head_width` that of one, `inner` that of the feed-forward part, `linear_ends` the inputs and outputs of one
+    layer's matrices added up.
     """
 
     layers: int

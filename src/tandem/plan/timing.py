@@ -62,7 +62,6 @@ def step_costs(demand: Demand, layout: Layout) -> dict[str, Cost]:
     }
     if layout.generator == "vllm":
         weights = demand.policy.parameters * demand.width
-        weights = demand.policy.parameters * demand.width
         phases["weight sync"] = Cost(memory=2 * weights / _rates(layout)[1])
     return phases
 
