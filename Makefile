@@ -10,7 +10,7 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench screenshots test test-vllm \
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench plan-check plan-curves screenshots test test-vllm \
 	lint format examples clean
 
 help: ## list the targets
@@ -47,6 +47,12 @@ faults: .venv/ready ## end real runs in every known way and see what is lost: do
 
 fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
 	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)
+
+plan-check: .venv/ready ## the planner against real joint steps on this machine: docs/results/plan.md (10 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -m plan_check $(STORY_MODEL)
+
+plan-curves: .venv/ready ## 1B to 70B on 1 to 1,024 GPUs, planned: docs/results/scaling.md
+	PYTHONPATH=benchmarks $(BIN)/python -m plan_check.curves
 
 screenshots: .venv/ready ## the pictures of docs/viewing.md, after make demo
 	$(BIN)/python benchmarks/screenshots.py runs/demo/ppo

@@ -13,12 +13,12 @@ from transformers import DynamicCache
 
 from generators import make
 from tandem import algo
-from tandem.bench.arithmetic import ModelSize, joint_step_flops
+from tandem.bench.arithmetic import joint_step_flops
 from tandem.bench.counting import counting
 from tandem.bench.decoding import random_prompts
 from tandem.bench.growth import exponent
 from tandem.bench.joint_step import recipe, stage_of, step
-from tandem.bench.models import SHAPES, make_reward_model, make_shape
+from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.page import page
 from tandem.bench.rows import STEP, Measured, gpu_rows, ratios
 from tandem.bench.workloads import Workload
@@ -27,6 +27,8 @@ from tandem.config import AdapterSection
 from tandem.models import causal
 from tandem.models.cache import roomy_cache
 from tandem.models.loading import load_causal
+from tandem.plan.model_size import ModelSize
+from tandem.plan.shapes import SHAPES
 from tandem.stages.joint import evaluate
 from tandem.stages.state import start_state
 from tandem.types import Prompt, Scores, split_by_tokens

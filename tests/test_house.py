@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tandem"
 FOUNDATION = {"types", "errors", "config", "pipeline_config", "consistency", "recipe", "text", "world", "__init__"}
-MIDDLE = {"data", "models", "rollout", "rewards", "engine", "run", "health", "view"}
+MIDDLE = {"data", "models", "rollout", "rewards", "engine", "run", "health", "view", "plan"}
 ALLOWED = {
     "types": set(),
     "errors": set(),

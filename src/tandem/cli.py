@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_view(commands)
     _add_diagnose(commands)
     _add_bench(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -470,6 +471,35 @@ def _run_bench(known: argparse.Namespace, rest: Sequence[str]) -> int:
     settings = BenchSettings(**{name: value for name, value in vars(known).items() if name != "run"})
     _with_progress(lambda progress: run_bench(settings, progress))
     return DONE
+
+
+def _add_plan(commands: Any) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="What a joint recipe needs and how long it takes on given GPUs, before anyone pays",
+        description="Memory of one GPU by component, the time of a step by phase, tokens a day, and which line of the "
+        "recipe to change where it does not fit. No weights are read. Settings of the recipe can be given here too "
+        "(--rollout.prompts_per_step 64). Exit status: 0 it fits, 1 it does not.",
+        allow_abbrev=False,
+    )
+    command.add_argument("recipe", type=Path, help="the TOML file of a joint run")
+    command.add_argument("--gpus", required=True, help="how many of which: 8xH100, 1x24GB, 64xA100-80GB, or cpu")
+    command.add_argument("--prompt-tokens", type=_at_least_one, help="mean prompt (default: data.max_prompt_tokens)")
+    command.add_argument("--response-tokens", type=_at_least_one, help="mean response (rollout.max_new_tokens)")
+    command.add_argument("--model-shape", metavar="SHAPE", help="plan this shape, such as 7b, for all models instead")
+    command.add_argument("--json", action="store_true", help="for scripts: one JSON object, in bytes and seconds")
+    command.set_defaults(run=_run_plan)
+
+
+def _run_plan(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    quiet_libraries()
+    from tandem.stages.planning import PlanSettings, run_plan
+
+    names = set(PlanSettings.__dataclass_fields__)
+    plan = run_plan(
+        known.recipe, rest, PlanSettings(**{name: value for name, value in vars(known).items() if name in names})
+    )
+    return DONE if plan.fits else FAILED
 
 
 def _refuse_rest(rest: Sequence[str]) -> None:
