@@ -325,3 +325,10 @@ def test_the_command_refuses_what_it_cannot_plan(words, said, capsys):
     shape = [] if "--model-shape" in words else ["--model-shape", "7b"]
     assert main(["plan", str(RECIPES / "ppo-7b-8x80gb.toml"), *words, *shape]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_looked_at_can_be_planned_by_shape(tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[policy]\nmodel = "none/here"\n[data]\nprompts = "p.jsonl"\n[[rewards]]\nmodel = "none/there"\n')
+    assert main(["plan", str(recipe), "--gpus", "8xH100", "--policy.model", str(tmp_path / "none")]) == 2
+    assert "--model-shape 7b" in capsys.readouterr().err

@@ -82,8 +82,11 @@ def sizes_of(config: PpoConfig, shape: str | None) -> tuple[ModelSize, list[Mode
         size = size_of_shape(shape)
         return size, [size for _ in sources]
     trust = config.compute.trust_remote_code
-    policy = ModelSize.of_config(read_config(config.policy.model, "policy.model", trust))
-    return policy, [_reward_size(config, source, trust) for source in sources]
+    try:
+        policy = ModelSize.of_config(read_config(config.policy.model, "policy.model", trust))
+        return policy, [_reward_size(config, source, trust) for source in sources]
+    except InputError as error:
+        raise InputError(f"{error} Or plan a published shape in its place, such as --model-shape 7b.") from error
 
 
 def _reward_size(config: PpoConfig, source: str, trust: bool) -> ModelSize | None:
