@@ -10,7 +10,8 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo faults fuzz bench screenshots test test-ray lint format examples clean
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench plan-check \
+	plan-curves screenshots test test-vllm test-ray lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -38,11 +39,20 @@ calibrate: .venv/ready ## faults on purpose and healthy runs, judged: docs/diagn
 	PYTHONPATH=benchmarks $(BIN)/python -m calibration $(STORY_MODEL) $(STORIES) --also $(wildcard runs/demo-seed-*/ppo) \
 		$(filter-out %sharing-head% %td-0%,$(wildcard runs/ablation/stories/*-?))
 
+study: .venv/ready ## PPO, A2C, DPO and best-of-n at equal KL, after make demo-seeds: docs/results/study.md (an hour; goes on where it was ended)
+	PYTHONPATH=benchmarks $(BIN)/python -m study $(DEMO_MODEL) $(wildcard runs/demo-seed-*)
+
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults
 
 fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
 	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)
+
+plan-check: .venv/ready ## the planner against real joint steps on this machine: docs/results/plan.md (10 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -m plan_check $(STORY_MODEL)
+
+plan-curves: .venv/ready ## 1B to 70B on 1 to 1,024 GPUs, planned: docs/results/scaling.md
+	PYTHONPATH=benchmarks $(BIN)/python -m plan_check.curves
 
 screenshots: .venv/ready ## the pictures of docs/viewing.md, after make demo
 	$(BIN)/python benchmarks/screenshots.py runs/demo/ppo
@@ -63,6 +73,12 @@ test: .venv/ready ## the test suite
 
 test-ray: .venv-ray/ready ## runs over real Ray processes, each kind of which is killed; in an environment of its own
 	.venv-ray/bin/python -m pytest -n 0 tests/test_ray.py
+
+.venv-vllm/ready: pyproject.toml constraints.txt scripts/install_vllm.sh
+	PYTHON=$(PYTHON) sh scripts/install_vllm.sh .venv-vllm
+
+test-vllm: .venv-vllm/ready ## the tests of the vLLM generator, in an environment with vLLM (3.4 GB) that it makes itself
+	.venv-vllm/bin/python -m pytest -n 0 tests/test_generator.py tests/test_vllm.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check .

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from generators import make
 from tandem import algo
-from tandem.bench.arithmetic import ModelSize, joint_step_flops
+from tandem.bench.arithmetic import joint_step_flops
 from tandem.bench.counting import counting
 from tandem.bench.decoding import random_prompts
 from tandem.bench.growth import exponent
 from tandem.bench.joint_step import recipe, stage_of, step
-from tandem.bench.models import SHAPES, make_reward_model, make_shape
+from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.page import page
 from tandem.bench.rows import STEP, Measured, gpu_rows, ratios
 from tandem.bench.workloads import Workload
@@ -26,10 +27,12 @@ from tandem.config import AdapterSection
 from tandem.models import causal
 from tandem.models.cache import roomy_cache
 from tandem.models.loading import load_causal
+from tandem.plan.model_size import ModelSize
+from tandem.plan.shapes import SHAPES
 from tandem.stages.joint import evaluate
 from tandem.stages.state import start_state
 from tandem.types import Prompt, Scores, split_by_tokens
-from test_generator import make, policy_of
+from test_generator import policy_of
 
 LAYERS = 4
 WIDE = {
@@ -111,7 +114,7 @@ def test_decoding_stops_with_the_rows(tiny):
     policy = policy_of(tiny())
     prompts = [Prompt((5, 6, 7), "", None, {})] * 12
     with counting([policy.trunk]) as counts:
-        rollouts = make(policy, stop=range(0, 300, 5), limit=20, batch=12).generate(prompts)
+        rollouts = make("torch", policy, stop=range(0, 300, 5), limit=20, batch=12).generate(prompts)
     lengths = [len(rollout.ids) for rollout in rollouts]
     assert len(set(lengths)) > 3
     assert counts.layer_positions == 3 * (3 + sum(length - 1 for length in lengths))
@@ -145,7 +148,7 @@ class Sampled:
 
     def __init__(self, path) -> None:
         self.policy = policy_of(path)
-        self.rollouts = make(self.policy, limit=5, batch=20).generate(
+        self.rollouts = make("torch", self.policy, limit=5, batch=20).generate(
             [Prompt((4 + n, 9), "", None, {}) for n in range(20)]
         )
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tandem"
-FOUNDATION = {"types", "errors", "config", "pipeline_config", "consistency", "recipe", "text", "__init__"}
-MIDDLE = {"cluster", "data", "models", "rollout", "rewards", "engine", "run", "health", "view"}
+FOUNDATION = {"types", "errors", "config", "pipeline_config", "consistency", "recipe", "text", "world", "__init__"}
+MIDDLE = {"cluster", "data", "models", "rollout", "rewards", "engine", "run", "health", "view", "plan"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
@@ -21,6 +21,8 @@ ALLOWED = {
     "pipeline_config": {"config"},
     "recipe": {"config", "pipeline_config", "errors"},
     "text": {"errors"},
+    "world": {"errors", "types"},
+    "launch": {"world"},
     "algo": {"algo"},
     **{room: FOUNDATION | {"algo", room} for room in MIDDLE},
 }

@@ -45,6 +45,7 @@ OPTIONS = {
     "separate": ["--score.normalize=running", "--kl.target=2.0", "--value.adaptive.max_epochs=4"],
     "adapters": ["--sharing.mode=adapters", "--adapters.rank=4", "--rewards.0.center=true", "--value.normalize=true"],
     "head": ["--sharing.mode=head", "--value.warmup.steps=2"],
+    "staleness 1": ["--rollout.staleness=1", "--policy.epochs=2", "--rollout.temperature=0.8"],
     "bfloat16": ["--compute.precision=bfloat16", "--rollout.top_k=20", "--policy.epochs=2"],
 }
 
@@ -88,7 +89,7 @@ def test_training_from_data_goes_on_exactly(tiny, tmp_path, stage):
         words = [f"--data.train={write(tmp_path / 's.jsonl', rows)}", "--sequences_per_minibatch=4"]
     else:
         words = [f"--data.train={pair_file(tmp_path)}", "--pairs_per_minibatch=4", "--adapters.rank=4"]
-    words = [stage, f"--model={tiny()}", "--epochs=30", "--optimizer.lr=0.001", "--eval_every=7", *words]
+    words = [stage, f"--model={tiny()}", "--epochs=12", "--optimizer.lr=0.001", "--eval_every=7", *words]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = end_at_step(cut, 9, signal.SIGTERM, [*words, f"--run.directory={cut}"])
     said = process.communicate(timeout=60)[0].decode()

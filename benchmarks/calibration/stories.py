@@ -17,7 +17,7 @@ from tandem.errors import RunError
 from tandem.recipe import load_config
 from tandem.rollout import TorchGenerator
 from tandem.run import Progress
-from tandem.stages import joint_setup
+from tandem.stages import sampling
 from tandem.stages.ppo import run_ppo
 from tandem.types import Prompt, Rollout, pad_tokens
 
@@ -88,7 +88,7 @@ def run_story(story: Story, seed: int, model: Path, source: Path, folder: Path, 
     config = load_config(PpoConfig, RECIPE, words_of(story, seed, model, prompts, folder, fault=fault))
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval_prompts": None})})
     PatchedGenerator.patch = story.patch
-    joint_setup.TorchGenerator = PatchedGenerator
+    sampling.TorchGenerator = PatchedGenerator
     try:
         run_ppo(config, Progress(Console(quiet=True)))
     except RunError as error:

@@ -74,6 +74,13 @@ TREE_ROWS = [
         "weights are 1: nothing to correct",
         below=0.03,
     ),
+    Row("staleness 1", first_tree, _on_tree(rollout__staleness=1), "sampled one update behind, weighed", below=0.03),
+    Row(
+        "staleness 1, importance weights off",
+        first_tree,
+        _on_tree(rollout__staleness=1, policy__importance_cap="off"),
+        "the same without the correction",
+    ),
     Row("epochs stop at approximate KL .02", first_tree, _on_tree(policy__max_approx_kl=0.02), "", below=0.03),
     Row("categorical value head (HL-Gauss)", first_tree, _on_tree(**HISTOGRAM), "", below=0.03),
     Row("value clip .2", first_tree, _on_tree(value__clip=0.2), "", below=0.03),
@@ -130,6 +137,7 @@ TREE_ROWS = [
 BIASED = {"value_start": 3.0}
 COUNTER_ROWS = [
     Row("default: lambda .95 / 1", counter, _on_counter(), "the default", below=0.35),
+    Row("staleness 1", counter, _on_counter(rollout__staleness=1), "sampled one update behind", below=0.35),
     Row("lambda 1 / 1", counter, _on_counter(advantage__lambda_policy=1.0), "", below=0.35),
     Row("lambda .95 / .95", counter, _on_counter(advantage__lambda_value=0.95), "", below=0.35),
     Row("TD(0) / TD(0)", counter, _on_counter(**TD0), "V starts at 0", below=0.9),

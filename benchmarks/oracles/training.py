@@ -127,14 +127,20 @@ def table_models(task: Task, setup: Setup, config: PpoConfig, seed: int) -> Orac
 
 
 def train(task: Task, setup: Setup, seed: int) -> Result:
-    """Sample, judge, learn: `steps` times, after a value warm-up where the settings have one."""
+    """Sample, judge, learn: `steps` times, after a value warm-up where the settings have one.
+
+    With a staleness of 1 a step learns from what was sampled before the step before it learnt.
+    """
     config = recipe(task, setup)
     models = table_models(task, setup, config, seed)
     policy, value = models.policy, models.value
     values, best = optimum(task)
     state, metrics, start_gap = start_state(config), [], gap_of(policy, task, values[0])
+    ahead: list[Rollout] | None = None
     while not state.finished:
-        rollouts = sample_rollouts(policy, setup.episodes, models.random)
+        rollouts = ahead or sample_rollouts(policy, setup.episodes, models.random)
+        if config.rollout.staleness:
+            ahead = sample_rollouts(policy, setup.episodes, models.random)
         scores = score_rollouts(rollouts, task)
         state = state.with_scores(scores)
         state, found = learn(models, config, state, judge(models, config, state, rollouts, scores))

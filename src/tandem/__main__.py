@@ -1,3 +1,4 @@
 from tandem.cli import main
+from tandem.world import end
 
-raise SystemExit(main())
+end(main())

@@ -16,10 +16,14 @@ from tandem import __version__
 from tandem.allocator import keep_memory
 from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.errors import InputError, Interrupted, RunError
+from tandem.launch import die_with_launcher, run_together
 from tandem.pipeline_config import PipelineConfig
 from tandem.recipe import fields_of, is_finished, load_config, resumed_run
+from tandem.world import join, leave, rank, settle, speaks_for_all, worker, world_size
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tandem.run import Progress
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -37,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     keep_memory()
+    die_with_launcher()
     try:
         if words and words[0] in _STAGES and not {"-h", "--help"} & set(words):
             return _run_stage(words[0], words[1:])
@@ -45,20 +50,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known, rest = _parser().parse_known_args(words)
         return int(known.run(known, rest))
     except InputError as error:
-        print(f"tandem: {error}", file=sys.stderr)
-        return REFUSED
+        return _ended(REFUSED, f"tandem: {error}")
     except RunError as error:
-        print(f"tandem: the run failed: {error}", file=sys.stderr)
-        return FAILED
+        return _ended(FAILED, f"tandem: the run failed: {error}")
     except Interrupted as ended:
-        print(f"tandem: {ended}", file=sys.stderr)
-        return INTERRUPTED
+        return _ended(INTERRUPTED, f"tandem: {ended}")
     except KeyboardInterrupt:
-        print("tandem: stopped.", file=sys.stderr)
-        return INTERRUPTED
+        return _ended(INTERRUPTED, "tandem: stopped.")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except Exception:
+        if speaks_for_all():
+            raise
+        return FAILED
+    finally:
+        leave()
+
+
+def _ended(status: int, message: str) -> int:
+    """The exit status; of several processes that end together one says why."""
+    if speaks_for_all():
+        print(message, file=sys.stderr)
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,13 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_view(commands)
     _add_diagnose(commands)
     _add_bench(commands)
+    _add_plan(commands)
     return parser
 
 
 def _add_stage(commands: Any, name: str, kind: Any) -> None:
-    _add_recipe_command(commands, name, kind).add_argument(
+    command = _add_recipe_command(commands, name, kind)
+    command.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, by its own recipe, where it was cut short"
     )
+    if name != "pipeline":
+        command.add_argument(
+            "--processes", metavar="N", help="train in so many processes on this machine (parallel.processes)"
+        )
 
 
 def _add_recipe_command(commands: Any, name: str, kind: Any) -> argparse.ArgumentParser:
@@ -114,23 +134,65 @@ def _settings_help(kind: Any) -> str:
 
 def _run_stage(name: str, words: Sequence[str]) -> int:
     run, words = resumed_run(name, words)
-    recipe, overrides = _recipe_and_settings(words)
+    recipe, overrides = _recipe_and_settings(_with_processes(name, words))
     if run is not None and recipe is not None:
         raise InputError(f"--resume {run} goes on with the run's own recipe, so {words[0]!r} was not understood.")
     if run is not None:
         recipe = run / "config.toml"
-        if is_finished(run) and not overrides:
-            print(f"{run}: the run is finished; there is nothing to go on with. To train further, give more steps.")
+        if is_finished(run) and not [word for word in overrides if not word.startswith(_PROCESSES)]:
+            if rank() == 0:
+                print(f"{run}: the run is finished; there is nothing to go on with. To train further, give more steps.")
             return DONE
     config = load_config(_STAGES[name], recipe, overrides)
+    if name != "pipeline":
+        if config.parallel.processes > 1 and not worker():
+            return _in_processes(name, config, run, words)
+        _settle(config)
     directory = str(run) if run is not None else config.run.directory.replace("{stage}", name)
     config = _kept_in(directory, config)
     summary = _with_progress(lambda progress: _within_memory(name, config, progress, resume=run is not None))
+    if rank() > 0:
+        return INTERRUPTED if summary["interrupted"] else DONE
     print(f"{directory}: {_result(summary)}")
     if summary.get("health"):
         names = ", ".join(dict.fromkeys(finding["rule"] for finding in summary["health"]))
         print(f"{directory}: not all was well ({names}); see: tandem diagnose {directory}")
     return INTERRUPTED if summary["interrupted"] else DONE
+
+
+def _with_processes(name: str, words: Sequence[str]) -> list[str]:
+    """The words with --processes N as the setting that it is; one of several processes knows their number itself."""
+    long = [
+        f"{_PROCESSES}{word.removeprefix('--processes')}" if word.partition("=")[0] == "--processes" else word
+        for word in words
+    ]
+    if name == "pipeline" and (worker() or long != list(words)):
+        raise InputError("a pipeline's stages run in one process; run sft, reward, dpo or ppo by itself in several.")
+    return [*long, f"{_PROCESSES}={world_size()}"] if worker() else long
+
+
+_PROCESSES = "--parallel.processes"
+
+
+def _in_processes(name: str, config: Any, run: Path | None, words: Sequence[str]) -> int:
+    """The same command in several processes. Raises InputError where the machine has too few GPUs for them."""
+    from tandem.models.loading import check_device
+
+    check_device(config.compute.device, config.parallel.processes)
+    resume = [] if run is None else ["--resume", str(run)]
+    return run_together([name, *_with_processes(name, words), *resume], config.parallel.processes)
+
+
+def _settle(config: Any) -> None:
+    """Meet the other processes, where there are any."""
+    parallel = config.parallel
+    if worker():
+        from tandem.models.loading import check_device
+
+        device = check_device(config.compute.device, parallel.processes)
+        join(device, parallel.replicate, parallel.activation_checkpointing)
+    else:
+        settle(parallel.activation_checkpointing)
 
 
 def _recipe_and_settings(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
@@ -198,8 +260,14 @@ def _with_progress(work: Callable[[Progress], Any]) -> Any:
     from tandem.run import Progress
 
     quiet_libraries()
-    with Progress() as progress:
+    with Progress(_silent_console() if rank() > 0 else None) as progress:
         return work(progress)
+
+
+def _silent_console() -> Console:
+    from rich.console import Console
+
+    return Console(file=open(os.devnull, "w", encoding="utf-8"))
 
 
 def quiet_libraries() -> None:
@@ -399,6 +467,35 @@ def _run_bench(known: argparse.Namespace, rest: Sequence[str]) -> int:
     settings = BenchSettings(**{name: value for name, value in vars(known).items() if name != "run"})
     _with_progress(lambda progress: run_bench(settings, progress))
     return DONE
+
+
+def _add_plan(commands: Any) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="What a joint recipe needs and how long it takes on given GPUs, before anyone pays",
+        description="Memory of one GPU by component, the time of a step by phase, tokens a day, and which line of the "
+        "recipe to change where it does not fit. No weights are read. Settings of the recipe can be given here too "
+        "(--rollout.prompts_per_step 64). Exit status: 0 it fits, 1 it does not.",
+        allow_abbrev=False,
+    )
+    command.add_argument("recipe", type=Path, help="the TOML file of a joint run")
+    command.add_argument("--gpus", required=True, help="how many of which: 8xH100, 1x24GB, 64xA100-80GB, or cpu")
+    command.add_argument("--prompt-tokens", type=_at_least_one, help="mean prompt (default: data.max_prompt_tokens)")
+    command.add_argument("--response-tokens", type=_at_least_one, help="mean response (rollout.max_new_tokens)")
+    command.add_argument("--model-shape", metavar="SHAPE", help="plan this shape, such as 7b, for all models instead")
+    command.add_argument("--json", action="store_true", help="for scripts: one JSON object, in bytes and seconds")
+    command.set_defaults(run=_run_plan)
+
+
+def _run_plan(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    quiet_libraries()
+    from tandem.stages.planning import PlanSettings, run_plan
+
+    names = set(PlanSettings.__dataclass_fields__)
+    plan = run_plan(
+        known.recipe, rest, PlanSettings(**{name: value for name, value in vars(known).items() if name in names})
+    )
+    return DONE if plan.fits else FAILED
 
 
 def _refuse_rest(rest: Sequence[str]) -> None:

@@ -6,14 +6,16 @@ A configuration is frozen. Names carry their unit; a field's description is what
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from tandem.consistency import impossible, impossible_evaluation, without_effect
+from tandem.consistency import impossible, impossible_evaluation, too_many_processes, without_effect
 
 _LONGEST_NAME = 255
 
@@ -28,6 +30,14 @@ def _possible_name(text: str) -> str:
             f"{longest[:40]!r}... is longer than the {_LONGEST_NAME} bytes that a name can have; shorten it"
         )
     return text
+
+
+def _at_least_one_or_off(value: object) -> object:
+    """One message for both kinds: of a union each member would complain by itself."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < math.inf
+    if value is None or value == "off" or number:
+        return value
+    raise PydanticCustomError("at_least_one_or_off", 'input should be greater than or equal to 1, or "off"')
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -107,6 +117,26 @@ class ComputeSection(Section):
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with a model; only for models you trust"
     )
+
+
+class ParallelSection(Section):
+    """How many processes train together, and how they share the models."""
+
+    processes: Count = Field(1, description="processes that train together, each on its own GPU where there are any")
+    replicate: Count = Field(
+        1, description="copies of the models: each is cut over processes / replicate of them (1 cuts over all)"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, a layer at a time, to need less memory"
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.processes % self.replicate:
+            raise ValueError(
+                f"replicate = {self.replicate} does not divide the {self.processes} processes; give a divisor"
+            )
+        return self
 
 
 class OptimizerSection(Section):
@@ -201,6 +231,13 @@ class SftConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
+
+    @model_validator(mode="after")
+    def _enough_rows(self) -> Self:
+        for problem in too_many_processes(self.parallel, "", self.sequences_per_minibatch, "sequences"):
+            raise ValueError(problem)
+        return self
 
 
 class RewardConfig(Section):
@@ -225,6 +262,13 @@ class RewardConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
+
+    @model_validator(mode="after")
+    def _enough_rows(self) -> Self:
+        for problem in too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"):
+            raise ValueError(problem)
+        return self
 
 
 class DpoConfig(Section):
@@ -247,11 +291,14 @@ class DpoConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
 
     @model_validator(mode="after")
     def _meant(self) -> Self:
         if self.loss == "ipo" and self.label_smoothing > 0:
             raise ValueError('label_smoothing has no effect here: it is for loss = "sigmoid"; leave it out')
+        for problem in too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"):
+            raise ValueError(problem)
         return self
 
 
@@ -287,15 +334,47 @@ class SamplingSection(Section):
     sequences_per_batch: Count = Field(64, description="rows that decode together")
 
 
+class VllmSection(Section):
+    """vLLM's engine, where rollout.generator is vllm."""
+
+    kv_cache_gib: Positive = Field(1.0, description="memory for keys and values, in GiB")
+    lora: Literal["auto", "adapter", "merge"] = Field(
+        "auto",
+        description="how a policy that is a LoRA adapter is sent. adapter: as such, over a base that stays. merge: all "
+        "weights, the adapter folded in. auto: adapter on a GPU, merge on a CPU, where applying it costs more",
+    )
+    compiled: bool | None = Field(
+        None, description="compile the model and record CUDA graphs (if unset: on a GPU); costs time at the start"
+    )
+    sleep: bool = Field(True, description="give a GPU's memory back while the models train (staleness 0 only)")
+
+
 class RolloutSection(SamplingSection):
     """How the responses of a step are sampled."""
 
     prompts_per_step: Count = Field(32, description="prompts in one step")
+    generator: Literal["torch", "vllm"] = Field(
+        "torch",
+        description="torch: the policy itself, in process. vllm: a vLLM engine that is sent the weights at every step "
+        "(docs/generators.md)",
+    )
+    staleness: Annotated[int, Field(ge=0, le=1)] = Field(
+        0,
+        description="updates by which the weights that sample may be older than those that train. 1: the next step's "
+        "responses are sampled while this step trains, by a generator with weights of its own",
+    )
+    vllm: VllmSection | None = Field(None, description="settings of vLLM, where generator is vllm")
     recompute_logprobs: Literal["auto", "always"] = Field(
         "auto",
         description="auto: the log-probabilities of sampling are the policy's before the update, where an eighth of a "
-        "step's rows agrees to 1e-4 nats with a forward of its own; always: that forward is run over all of them",
+        "step's rows agrees to 1e-4 nats with a forward of its own; always: that forward is run over all of them; so "
+        "it is in any case where generator is vllm or staleness is 1",
     )
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether what samples is not exactly the policy that trains."""
+        return self.generator != "torch" or self.staleness > 0
 
 
 class ScoreSection(Section):
@@ -363,6 +442,9 @@ class AdvantageSection(Section):
     )
 
 
+USUAL_IMPORTANCE_CAP = 2.0
+
+
 class PolicySection(OptimizerSection):
     """The policy's side of the joint update."""
 
@@ -385,10 +467,10 @@ class PolicySection(OptimizerSection):
     max_approx_kl: Positive | None = Field(
         None, description="a step's remaining policy updates are left out once KL(before, now) a token exceeds this"
     )
-    importance_cap: Annotated[float, Field(ge=1)] | None = Field(
+    importance_cap: Annotated[float | Literal["off"] | None, BeforeValidator(_at_least_one_or_off)] = Field(
         None,
         description="weigh tokens by min(policy / generator, this): corrects for a generator whose log-probabilities "
-        "differ from the trainer's (2 is usual; no weights if unset)",
+        "differ from the trainer's. Unset: 2 where rollout.generator is vllm or rollout.staleness is 1, else off",
     )
 
 
@@ -646,6 +728,7 @@ class PpoConfig(Section):
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
     cluster: ClusterSection | None = Field(None, description="place the run's processes over a cluster")
 
     @field_validator("cluster", mode="before")
@@ -653,6 +736,14 @@ class PpoConfig(Section):
     def _on_this_machine(cls, given: Any) -> Any:
         """`--cluster none` runs a recipe that has a cluster in one process here."""
         return None if isinstance(given, dict) and given.get("kind") == "none" else given
+
+    @property
+    def importance_cap(self) -> float | None:
+        """The largest weight of a token where tokens are weighed, by what the recipe says or is silent about."""
+        cap = self.policy.importance_cap
+        if cap is None:
+            return USUAL_IMPORTANCE_CAP if self.rollout.off_policy else None
+        return None if cap == "off" else cap
 
     @model_validator(mode="before")
     @classmethod

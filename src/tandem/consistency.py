@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.config import ClusterSection, EvalConfig, PpoConfig, RewardSource, Section
+    from tandem.config import ClusterSection, EvalConfig, ParallelSection, PpoConfig, RewardSource, Section
 
 # Whether it applies, the section and its name, the fields that it concerns, and why they have no effect.
 Idle = tuple[bool, "Section", str, list[str], str]
@@ -14,6 +14,9 @@ Idle = tuple[bool, "Section", str, list[str], str]
 
 def impossible(config: PpoConfig) -> Iterator[str]:
     """What a joint recipe cannot have together, each with what to do instead."""
+    yield from too_many_processes(config.parallel, "policy.", config.policy.sequences_per_minibatch, "sequences")
+    yield from too_many_processes(config.parallel, "value.", config.value.sequences_per_minibatch, "sequences")
+    yield from not_in_several_processes(config)
     policy, value, advantage, score = config.policy, config.value, config.advantage, config.score
     head = config.sharing.mode == "head"
     if head and value.start == "reward":
@@ -23,6 +26,8 @@ def impossible(config: PpoConfig) -> Iterator[str]:
         )
     if value.start == "reward" and not any(source.model for source in config.rewards):
         yield 'value.start = "reward" needs a reward model in rewards; set value.start = "policy"'
+    if config.rollout.vllm is not None and config.rollout.generator != "vllm":
+        yield 'rollout.vllm has no effect here: it is for rollout.generator = "vllm"; set that, or leave it out'
     if config.sharing.mode == "separate" and config.adapters is not None:
         yield 'adapters are set, but sharing.mode is "separate"; set sharing.mode = "adapters" or "head"'
     if head and (value.epochs, value.sequences_per_minibatch) != (policy.epochs, policy.sequences_per_minibatch):
@@ -77,6 +82,8 @@ def impossible(config: PpoConfig) -> Iterator[str]:
 
 def _impossible_cluster(config: PpoConfig, cluster: ClusterSection) -> Iterator[str]:
     """Resource lines that the rest of the recipe leaves no use for."""
+    if config.parallel.processes > 1:
+        yield f"parallel.processes = {config.parallel.processes}, and over a cluster one process trains; leave it out"
     device = config.compute.device
     gpus = {name: getattr(cluster, name) for name in ("trainer_gpus", "generator_gpus", "reward_gpus")}
     for name, count in gpus.items():
@@ -101,6 +108,28 @@ def _impossible_cluster(config: PpoConfig, cluster: ClusterSection) -> Iterator[
             f"cluster.silent_seconds = {cluster.silent_seconds:g} must be more than the rewards' timeout_seconds = "
             f"{slowest:g}"
         )
+
+
+def too_many_processes(parallel: ParallelSection, section: str, rows: int, kind: str) -> Iterator[str]:
+    """Every process needs a row of each minibatch."""
+    if parallel.processes > rows:
+        yield (
+            f"parallel.processes = {parallel.processes} is more than the {rows} {kind} of a minibatch "
+            f"({section}{kind}_per_minibatch); take at most {rows} processes, or larger minibatches"
+        )
+
+
+def not_in_several_processes(config: PpoConfig) -> Iterator[str]:
+    """A generator with weights of its own is sent them by one process, which has only its part of a sharded policy."""
+    for name, value, alone in (
+        ("generator", config.rollout.generator, "torch"),
+        ("staleness", config.rollout.staleness, 0),
+    ):
+        if config.parallel.processes > 1 and value != alone:
+            yield (
+                f"rollout.{name} = {value!r} goes with one process, and parallel.processes is "
+                f"{config.parallel.processes}; set parallel.processes = 1 or rollout.{name} = {alone!r}"
+            )
 
 
 def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str]:

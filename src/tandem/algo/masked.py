@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -58,6 +58,14 @@ class Sums:
             self.add_largest(name, value)
         for name, amount in other._totals.items():
             self.add_total(name, amount)
+
+    @classmethod
+    def together(cls, parts: Iterable[Sums]) -> Sums:
+        """All that several have gathered."""
+        found = cls()
+        for part in parts:
+            found.merge(part)
+        return found
 
     def means(self) -> Mapping[str, float]:
         """Every mean, every largest value and every total."""

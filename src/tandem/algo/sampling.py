@@ -38,15 +38,12 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def sample(
-    logits: Tensor, generator: torch.Generator | None = None, uniform: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw a token a row by inverting the cumulative distribution.
 
-    logits [N, V] -> tokens [N] int64 and their log-probabilities [N] float32. The inversion goes in two levels,
-    first the block that holds the drawn quantile and then the token within it: both cumulative sums stay short,
-    which is faster and more exact than one over the whole vocabulary. One uniform number is drawn a row, unless the
-    numbers are given: `uniform` [N, 1] float32 in [0, 1).
+    logits [N, V] and numbers [N] drawn uniformly from [0, 1) -> tokens [N] int64 and their log-probabilities [N]
+    float32. The inversion goes in two levels, first the block that holds the drawn quantile and then the token within
+    it: both cumulative sums stay short, which is faster and more exact than one over the whole vocabulary.
     """
     rows, vocabulary = logits.shape
     probabilities = logits.softmax(-1, dtype=torch.float32)
@@ -54,9 +51,7 @@ def sample(
     if blocks * _BLOCK != vocabulary:
         probabilities = torch.nn.functional.pad(probabilities, (0, blocks * _BLOCK - vocabulary))
     grouped = probabilities.view(rows, blocks, _BLOCK)
-    if uniform is None:
-        uniform = torch.rand(rows, 1, generator=generator, device=logits.device)
-    block, rest = _invert(grouped.sum(-1), uniform)
+    block, rest = _invert(grouped.sum(-1), uniform[:, None])
     within, _ = _invert(grouped[torch.arange(rows, device=logits.device), block], rest, absolute=True)
     tokens = block * _BLOCK + within
     return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()

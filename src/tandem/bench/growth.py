@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tandem.bench.models import SHAPES, make_reward_model, make_shape
+from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.rows import answer_of
 from tandem.bench.workloads import Workload
+from tandem.plan.shapes import SHAPES
 
 SMALL: dict[str, Any] = {
     **SHAPES["llama-15m"],

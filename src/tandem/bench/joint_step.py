@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ def recipe(workload: Workload, reward_model: str, prompts: Path) -> PpoConfig:
     tree: dict[str, Any] = {
         "data": {"prompts": str(prompts)},
         "policy": {"model": workload.model, **learner},
-        "value": learner,
+        "value": learner | ({"start": "policy"} if workload.sharing == "head" else {}),
         "rewards": [{"model": reward_model}],
         "rollout": {
             "prompts_per_step": workload.sequences,
@@ -66,10 +67,14 @@ def stage_of(workload: Workload, reward_model: str) -> tuple[JointStage, PpoConf
 
 
 def step(
-    stage: JointStage, config: PpoConfig, state: JointState, prompts: Sequence[Prompt]
+    stage: JointStage,
+    config: PpoConfig,
+    state: JointState,
+    prompts: Sequence[Prompt],
+    timer: Callable[[], float] = time.monotonic,
 ) -> tuple[JointState, dict[str, float]]:
     """What the joint stage does in a step, by the clock."""
-    clock, on_gpu = Clock(), stage.placement.device.type == "cuda"
+    clock, on_gpu = Clock(timer), stage.placement.device.type == "cuda"
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -89,7 +94,9 @@ def step(
     return after, clock.read(tokens=sum(len(rollout.ids) for rollout in rollouts))
 
 
-def measure(workload: Workload, reward_model: str, steps: int) -> dict[str, Any]:
+def measure(
+    workload: Workload, reward_model: str, steps: int, timer: Callable[[], float] = time.monotonic
+) -> dict[str, Any]:
     """Seconds by phase of each step after the first, and what the process took."""
     if workload.threads:
         torch.set_num_threads(workload.threads)
@@ -100,7 +107,7 @@ def measure(workload: Workload, reward_model: str, steps: int) -> dict[str, Any]
     with counting(trunks) as counts:
         for number in range(steps + 1):
             prompts = random_prompts(stage.tokenizer, workload, number)
-            state, row = step(stage, config, state, prompts)
+            state, row = step(stage, config, state, prompts, timer)
             rows.append(row)
     return {
         "steps": rows[1:],

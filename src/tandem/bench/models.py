@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tandem.config import AdapterSection
 from tandem.models.cards import RewardCard, make_probes, write_card
@@ -17,53 +17,6 @@ from tandem.models.saving import save_scalar
 from tandem.models.scalar import ScalarModel, zero_head
 from tandem.models.scoring import DecoderScorer
 from tandem.models.trunk import Trunk
-
-_QWEN = {"max_position_embeddings": 4096, "rope_theta": 1e6}
-SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "llama-15m": {
-        "kind": LlamaConfig,
-        "vocab_size": 32_000,
-        "hidden_size": 288,
-        "intermediate_size": 768,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
-    "qwen-0.5b": {
-        "kind": Qwen2Config,
-        "vocab_size": 151_936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        **_QWEN,
-    },
-    "qwen-1.5b": {
-        "kind": Qwen2Config,
-        "vocab_size": 151_936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        **_QWEN,
-    },
-    "qwen-7b": {
-        "kind": Qwen2Config,
-        "vocab_size": 152_064,
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-        **_QWEN,
-    },
-}
 
 
 def make_shape(folder: Path, shape: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Path:

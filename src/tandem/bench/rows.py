@@ -14,18 +14,14 @@ from typing import Any
 
 import torch
 
-from tandem.bench.arithmetic import (
-    Ceilings,
-    ModelSize,
-    decoding_floor,
-    joint_step_flops,
-    learning_flops,
-    measure_ceilings,
-)
-from tandem.bench.models import SHAPES, make_reward_model, make_shape
+from tandem.bench.arithmetic import decoding_floor, joint_step_flops, learning_flops
+from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.workloads import Precision, Sharing, Workload
 from tandem.config import AdapterSection
 from tandem.errors import RunError
+from tandem.plan.devices import Ceilings, measure_ceilings
+from tandem.plan.model_size import ModelSize
+from tandem.plan.shapes import SHAPES
 
 PEERS = Path(__file__).parent / "peers"
 SCRIPTS = {"trl": "trl_step.py", "transformers": "transformers_generate.py", "vllm": "vllm_generate.py"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 Precision = Literal["float32", "bfloat16"]
-Sharing = Literal["separate", "adapters"]
+Sharing = Literal["separate", "adapters", "head"]
 
 
 @dataclass(frozen=True)

@@ -88,15 +88,19 @@ class Pool:
         """How many workers are ready or at work, as far as is known."""
         return sum(worker.job is None or worker.job.task is not None for worker in self._workers)
 
-    def run(self, tasks: Sequence[Task], ask: Callable[[Any, Task], Any]) -> list[Any]:
+    def run(
+        self, tasks: Sequence[Task], ask: Callable[[Any, Task], Any], check: Callable[[], None] = lambda: None
+    ) -> list[Any]:
         """The answers to all tasks, in their order. They are handed out in that order: the longest should come first.
 
-        `ask(process, task)` sends a task and returns Ray's reference to the answer. Raises what a task raised, and
-        RunError where a task, or a worker that prepares itself, was lost too often.
+        `ask(process, task)` sends a task and returns Ray's reference to the answer; `check` is called while they are
+        waited for, and may raise. Raises what a task raised, and RunError where a task, or a worker that prepares
+        itself, was lost too often.
         """
         self._calls += 1
         call = Call(self._calls, tasks, deque(range(len(tasks))))
         while len(call.answers) < len(tasks):
+            check()
             self._hand_out(call, ask)
             self._collect(call)
         return [call.answers[number] for number in range(len(tasks))]

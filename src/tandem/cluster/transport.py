@@ -27,15 +27,15 @@ class Packed:
 
 @dataclass(frozen=True)
 class Sent:
-    """Weights of a version, as references to buckets of packed tensors."""
+    """Weights as references to buckets of packed tensors; each sending has a number of its own."""
 
-    version: int
+    number: int
     buckets: Sequence[Any]
 
 
-def send(weights: Iterable[tuple[str, Tensor]], version: int) -> Sent:
+def send(weights: Iterable[tuple[str, Tensor]], number: int) -> Sent:
     """Put weights into the object store; of a model that is larger than memory allows twice, a bucket at a time."""
-    return Sent(version, [ray().put(bucket) for bucket in _buckets(weights)])
+    return Sent(number, [ray().put(bucket) for bucket in _buckets(weights)])
 
 
 def _buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[Packed]]:

@@ -8,6 +8,7 @@ from tandem.config import PpoConfig
 from tandem.health import thresholds as at
 from tandem.health.history import History
 from tandem.health.kl import sample_from_the_policy
+from tandem.health.remedies import line
 from tandem.health.rule import Rule
 
 PAGE = "docs/diagnosis/generator.md"
@@ -34,6 +35,11 @@ def is_stale(history: History, _config: PpoConfig) -> str | None:
     )
 
 
+def sample_from_newer_weights(history: History, config: PpoConfig) -> str:
+    """Where the recipe asks for older weights, ask no more; else as for any other gap."""
+    return line("rollout.staleness", 0) if config.rollout.staleness else sample_from_the_policy(history, config)
+
+
 RULES = (
     Rule(
         "generator_mismatch",
@@ -51,7 +57,7 @@ RULES = (
         f"mean gap over {at.MISMATCH:g} nats a token, and over {at.STALE:g} times the first step's",
         (GAP,),
         is_stale,
-        sample_from_the_policy,
+        sample_from_newer_weights,
         "Fu et al. 2025 (AReaL) on staleness",
         PAGE,
     ),

@@ -67,7 +67,7 @@ def negative(history: History, _config: PpoConfig) -> str | None:
 
 def sample_from_the_policy(_history: History, config: PpoConfig) -> str:
     """Correct for the sampler; where that is done, compute as exactly as the trainer."""
-    if config.policy.importance_cap is None:
+    if config.importance_cap is None:
         return line("policy.importance_cap", 2.0)
     return line("compute.precision", "float32")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,13 @@ class CausalPolicy:
         Only response positions are projected on the vocabulary, in chunks that are recomputed in the backward
         pass: [B, T, V] never exists.
         """
-        return self.read(self.trunk.hidden(tokens, self.adapter), tokens)[0]
+        return self.trunk.run(lambda: self.read(self.trunk.hidden(tokens, self.adapter), tokens)[0])
 
     def logprobs_and_entropies(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """As `logprobs`, with the entropy of the whole distribution at each response token in nats, [B, T] each."""
-        logprobs, entropies = self.read(self.trunk.hidden(tokens, self.adapter), tokens, entropies=True)
+        logprobs, entropies = self.trunk.run(
+            lambda: self.read(self.trunk.hidden(tokens, self.adapter), tokens, entropies=True)
+        )
         assert entropies is not None
         return logprobs, entropies
 
@@ -112,6 +115,26 @@ class CausalPolicy:
         """The policy's weights, adapter folded in, one by one, under the names of a saved model."""
         return self.trunk.merged_weights(self.adapter)
 
+    def own_copy(self) -> CausalPolicy:
+        """The same policy on weights of its own, any adapter folded in; `load_weights` brings it up to date."""
+        with torch.random.fork_rng(devices=[]):
+            model = type(self._model)(self._model.config)
+        model = model.to(device=self.device, dtype=self._model.dtype).eval().requires_grad_(False)
+        model.load_state_dict(self.trunk.merged_state(self.adapter))
+        model.generation_config = self._model.generation_config
+        return CausalPolicy(Trunk(model), self.rule)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over weights one by one, in place, under the names of a saved model."""
+        own = self._model.state_dict()
+        for name, tensor in weights:
+            own[name].copy_(tensor)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within it many tokens can be sampled one by one, by each process as many as it likes."""
+        return self.trunk.gathered()
+
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """The ids that end a response: the tokenizer's EOS and those that the model was saved with."""
         known = self._model.generation_config.eos_token_id
@@ -128,15 +151,19 @@ class CausalPolicy:
 
         They are divided by the temperature and truncated. `cache` grows by S.
         """
-        with self.trunk.using(self.adapter):
-            hidden = self.trunk.decoder(
-                input_ids=ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-        return truncate(self._scaled_logits(hidden), self.rule.top_k, self.rule.top_p)
+
+        def read() -> Tensor:
+            with self.trunk.using(self.adapter):
+                hidden = self.trunk.decoder(
+                    input_ids=ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state[:, -1]
+            return truncate(self._scaled_logits(hidden), self.rule.top_k, self.rule.top_p)
+
+        return self.trunk.run(read)
 
 
 @torch.no_grad()
@@ -144,7 +171,9 @@ def _check_logits(policy: CausalPolicy) -> None:
     """Raises InputError where the model makes its logits in a way that `CausalPolicy.logits` does not know."""
     model: PreTrainedModel = policy._model
     ids = torch.arange(4, device=policy.device)[None]
-    expected = model(input_ids=ids, use_cache=False).logits[0]
-    found = policy.logits(policy.trunk.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
+    expected = policy.trunk.run(lambda: model(input_ids=ids, use_cache=False).logits[0])
+    found = policy.trunk.run(
+        lambda: policy.logits(policy.trunk.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
+    )
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
         raise InputError(f"{type(model).__name__} makes its logits in a way that Tandem does not know.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
 
 from tandem.errors import InputError, reason_of
 from tandem.models.source import check_labels, check_tokenizer_files, is_classifier, loading, positions, read_config
+from tandem.world import world
 
 REWARD_CARD = "tandem.json"
 
@@ -24,7 +26,7 @@ REWARD_CARD = "tandem.json"
 def pick_device(name: str) -> torch.device:
     """Raises InputError where the device is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _own_gpu() if torch.cuda.is_available() else torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
     try:
@@ -38,7 +40,28 @@ def pick_device(name: str) -> torch.device:
             f"compute.device = {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; "
             "set it to auto or cpu."
         )
-    return device
+    return device if device.index is not None else _own_gpu()
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this process: its own of several, else the default one."""
+    return torch.device("cuda") if world().alone else torch.device("cuda", torch.cuda.current_device())
+
+
+def check_device(name: str, processes: int) -> str:
+    """The kind of device that so many processes train on, a GPU each. Raises InputError where there are too few."""
+    kind = pick_device(name).type
+    if ":" in name and processes > 1:
+        raise InputError(
+            f"compute.device = {name!r} is one GPU, and {processes} processes need one each; set it to cuda or cpu."
+        )
+    here = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    if kind == "cuda" and here > torch.cuda.device_count():
+        raise InputError(
+            f"parallel.processes = {processes} needs a GPU for each of {here} processes, and torch sees "
+            f'{torch.cuda.device_count()} here; take at most so many processes, or compute.device = "cpu".'
+        )
+    return kind
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -24,6 +24,7 @@ from tandem.errors import InputError, reason_of
 from tandem.models.loading import padding_id, runs_own_code
 from tandem.models.scalar import ScalarModel
 from tandem.models.trunk import Trunk
+from tandem.world import world
 
 ADAPTER_FOLDER = "adapter"
 _SCORE = "score.weight"
@@ -31,8 +32,10 @@ _SCORE = "score.weight"
 
 def save_policy(trunk: Trunk, adapter: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A causal language model with the adapter folded in; the adapter by itself, for peft, in a subfolder."""
-    config = copy.deepcopy(trunk.model.config)
-    _save(AutoModelForCausalLM, config, trunk.merged_state(adapter), trunk, folder)
+    config, state = copy.deepcopy(trunk.model.config), trunk.merged_state(adapter)
+    if not world().first:
+        return
+    _save(AutoModelForCausalLM, config, state, trunk, folder)
     tokenizer.save_pretrained(folder)
     if adapter is not None:
         _save_adapter(trunk, adapter, "CAUSAL_LM", {}, folder / ADAPTER_FOLDER)
@@ -50,6 +53,8 @@ def save_scalar(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: 
     config.pad_token_id = padding_id(tokenizer, trunk.model)
     prefix = f"{trunk.model.base_model_prefix}."
     state = {name: tensor for name, tensor in trunk.merged_state(model.adapter).items() if name.startswith(prefix)}
+    if not world().first:
+        return
     head = {_SCORE: model.head.weight.detach() * model.scale}
     _save(AutoModelForSequenceClassification, config, state | head, trunk, folder)
     tokenizer.save_pretrained(folder)

@@ -44,15 +44,15 @@ class ScalarModel:
 
         Column t is V(s_t); column `response_lengths[b]` is the value after the last token; zero beyond it.
         """
-        return self.read(self.trunk.hidden(tokens, self.adapter), tokens)
+        return self.trunk.run(lambda: self.read(self.trunk.hidden(tokens, self.adapter), tokens))
 
     def bin_logits(self, tokens: Tokens) -> Tensor:
         """The logits of a categorical head at the same places, [B, T + 1, K] float32."""
-        return self.read_bins(self.trunk.hidden(tokens, self.adapter), tokens)
+        return self.trunk.run(lambda: self.read_bins(self.trunk.hidden(tokens, self.adapter), tokens))
 
     def scores(self, tokens: Tokens) -> Tensor:
         """The number at the last token of each row, [B] float32."""
-        hidden = self.trunk.hidden(tokens, self.adapter)
+        hidden = self.trunk.run(lambda: self.trunk.hidden(tokens, self.adapter))
         rows = torch.arange(len(tokens), device=hidden.device)
         return self._number(self.head(hidden[rows, tokens.lengths - 1].float()))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.models.scalar import ScalarModel
-from tandem.types import split_by_tokens, whole_texts
+from tandem.types import whole_texts
+from tandem.world import world
 
 
 class Scorer(Protocol):
@@ -32,9 +33,9 @@ class DecoderScorer:
         if trunk.shares_below(self.model.adapter):
             tokens = trunk.prepare(tokens, self._budget)
         scores = torch.zeros(len(texts))
-        for rows in split_by_tokens(tokens.lengths, self._budget):
-            scores[rows.cpu()] = self.model.scores(tokens.select(rows).to(trunk.device)).cpu()
-        return scores
+        for rows, weight in world().deal(tokens.lengths, self._budget):
+            scores[rows.cpu()] += weight * self.model.scores(tokens.select(rows).to(trunk.device)).cpu()
+        return world().sum(scores)
 
 
 class ClassifierScorer:
@@ -50,9 +51,10 @@ class ClassifierScorer:
     def score(self, texts: Sequence[Sequence[int]]) -> Tensor:
         tokens = whole_texts(texts)
         scores = torch.zeros(len(texts))
-        for rows in split_by_tokens(tokens.lengths, self._budget):
+        for rows, weight in world().deal(tokens.lengths, self._budget):
             part = tokens.select(rows).to(self._model.device)
             exists = torch.arange(part.ids.shape[1], device=part.ids.device)[None] < part.lengths[:, None]
             ids = part.ids.masked_fill(~exists, self._pad_id)
-            scores[rows] = self._model(input_ids=ids, attention_mask=exists.long()).logits[:, 0].float().cpu()
-        return scores
+            found = self._model(input_ids=ids, attention_mask=exists.long()).logits[:, 0].float().cpu()
+            scores[rows] += weight * found
+        return world().sum(scores)

@@ -72,11 +72,15 @@ class PolicyWithValueHead:
         In place of values, a categorical head gives its logits [B, T + 1, K]. With `stop_gradient` the values send
         none into the trunk.
         """
-        hidden = self.policy.trunk.hidden(tokens, self.policy.adapter)
-        logprobs, found = self.policy.read(hidden, tokens, entropies=entropies)
-        states = hidden.detach() if stop_gradient else hidden
-        read = self.value.read if self.value.histogram is None else self.value.read_bins
-        return logprobs, found, read(states, tokens)
+
+        def read() -> tuple[Tensor, Tensor | None, Tensor]:
+            hidden = self.policy.trunk.hidden(tokens, self.policy.adapter)
+            logprobs, found = self.policy.read(hidden, tokens, entropies=entropies)
+            states = hidden.detach() if stop_gradient else hidden
+            of_value = self.value.read if self.value.histogram is None else self.value.read_bins
+            return logprobs, found, of_value(states, tokens)
+
+        return self.policy.trunk.run(read)
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,33 @@ runs it once and `hidden` starts from its activations.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tandem.config import AdapterSection
 from tandem.errors import InputError
+from tandem.models.shards import gathered, shard, whole_tensor
 from tandem.types import Tokens, split_by_tokens, whole_texts
+from tandem.world import world
+
+Found = TypeVar("Found")
 
 
 class Trunk:
     """Hidden states of a Hugging Face causal decoder.
 
-    `model` is the whole model, head included; only its decoder is used here.
+    `model` is the whole model, head included; only its decoder is used here. Where several processes train together
+    its weights are cut over them; the weights of adapters, which are small, every process has whole.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -41,6 +47,11 @@ class Trunk:
         self._cut = 0
         self._lower_of: dict[tuple[int, ...], Tensor] = {}
         self._linear_names = self._linear_layers()
+        self._using: str | None = None
+        if world().checkpointing:
+            for block in self._blocks:
+                block.forward = self._computed_again(block.forward)
+        self._whole = None if world().alone else shard(model, self._blocks, world())
         self._lora_layers: list[Any] = []
         self._lora_configs: dict[str, LoraConfig] = {}
 
@@ -52,6 +63,19 @@ class Trunk:
     def layers(self) -> nn.ModuleList:
         """The decoder's layers, from the lowest up."""
         return self._blocks
+
+    def run(self, work: Callable[[], Found]) -> Found:
+        """Do what reads the model's weights: everything that calls the decoder or its head does it within."""
+        return work() if self._whole is None else self._whole(work)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it this process holds all weights, and passes need not go in step with those of other processes."""
+        if self._whole is None:
+            yield
+        else:
+            with gathered(self._whole):
+                yield
 
     def hidden(self, tokens: Tokens, adapter: str | None = None) -> Tensor:
         """[B, L, H] under the named adapter, or none.
@@ -76,7 +100,8 @@ class Trunk:
         first = self._first_layers[name] = len(self._blocks) - upper
         targets = [name for block in self._linear_names[first:] for name in block]
         self._lora_configs[name] = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
-        with warnings.catch_warnings():
+        # peft reads the matrices' shapes off their weights.
+        with self.gathered(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(self._lora_configs[name], self.model, adapter_name=name)
@@ -110,6 +135,7 @@ class Trunk:
         Which parameters train is left as it is: gradients reach whatever the forward went through.
         """
         before = [(layer._active_adapter, layer._disable_adapters) for layer in self._lora_layers]
+        outer, self._using = self._using, adapter
         for layer in self._lora_layers:
             layer._disable_adapters = adapter is None
             if adapter is not None:
@@ -117,14 +143,37 @@ class Trunk:
         try:
             yield
         finally:
+            self._using = outer
             for layer, (active, disabled) in zip(self._lora_layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def _computed_again(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's forward that holds none of its activations: the backward pass computes them once more.
+
+        It does so long after the forward pass, so under the adapter that was in use then.
+        """
+
+        def computed(*inputs: Any, **named: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*inputs, **named)
+            adapter = self._using
+
+            def under_adapter(*inputs: Any, **named: Any) -> Any:
+                with self.using(adapter):
+                    return forward(*inputs, **named)
+
+            return checkpoint(under_adapter, *inputs, use_reentrant=False, **named)
+
+        return computed
 
     def share_below(self, adapter: str) -> None:
         """Let `prepare` run the layers below this adapter's first one, for all models that leave them alone.
 
-        Tried out on a few tokens first: a decoder whose layers cannot be skipped in this way runs whole.
+        Tried out on a few tokens first: a decoder whose layers cannot be skipped in this way runs whole. So does one
+        that several processes train: each of them passes other rows through it each time.
         """
+        if not world().alone:
+            return
         self._cut = self._first_layers[adapter]
         tokens = whole_texts([[0, 1, 2, 3]]).to(self.device)
         try:
@@ -207,22 +256,25 @@ class Trunk:
     def merged_weights(self, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
         """The whole model's weights with an adapter folded in, one by one, under the names of the model without LoRA.
 
-        Only the one at hand is ever held beside the model's own.
+        Only the one at hand is ever held beside the model's own. Where several processes share the model, each tensor
+        is gathered when its turn comes, so all of them must go through all of it.
         """
         names = {id(module): name for name, module in self.model.named_modules()}
         carrying = {f"{names[id(layer)]}.weight": layer for layer in self._lora_layers if adapter in layer.lora_A}
         for name, tensor in self.model.state_dict().items():
             if ".lora_" in name:
                 continue
-            plain = name.replace(".base_layer", "")
+            plain, tensor = name.replace(".base_layer", ""), whole_tensor(tensor)
             layer = carrying.get(plain)
             if layer is not None:
                 tensor = (tensor.float() + layer.get_delta_weight(adapter).float()).to(tensor.dtype)
             yield plain, tensor
 
     def merged_state(self, adapter: str | None) -> dict[str, Tensor]:
-        """All of `merged_weights` at once."""
-        return dict(self.merged_weights(adapter))
+        """All of `merged_weights` at once; where several processes share the model, the first has them and no other."""
+        if world().alone:
+            return dict(self.merged_weights(adapter))
+        return {name: tensor.cpu() for name, tensor in self.merged_weights(adapter) if world().first}
 
 
 class _Skip(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tandem.algo import sample
-from tandem.rollout.keys import Key, uniforms
+from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
+from tandem.world import world
 
 
 class NextToken(Protocol):
@@ -19,6 +21,10 @@ class NextToken(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within it tokens are asked for one by one, by each process as often as it likes."""
+        ...
 
     def new_cache(self, capacity: int) -> Any:
         """An empty KV cache for rows of up to `capacity` tokens, with `batch_select_indices`."""
@@ -29,12 +35,23 @@ class NextToken(Protocol):
         ...
 
 
+def draw_uniform(count: int, max_new_tokens: int, random: torch.Generator) -> Tensor:
+    """The chance in so many responses: [count, max_new_tokens] float32, uniform in [0, 1), one number a token."""
+    return torch.rand(count, max_new_tokens, generator=random, device=random.device)
+
+
 class TorchGenerator:
-    """Samples from the policy's weights as they are at the moment, so it needs no weight transfer.
+    """Samples from a policy's weights as they are at the moment.
+
+    Where that is the policy that trains, there is nothing to transfer. Where it is a copy, `load` is what brings the
+    copy up to date.
 
     Prompts of similar length decode together, padded on the left; a prompt that is asked for several responses is
     read once; a row that has ended leaves the batch. `decode` turns a prompt's and a response's ids into the
     response's text; `stop_ids` end a response.
+
+    Random numbers are drawn for all rows and their longest responses beforehand, so that what a row samples depends
+    neither on which rows it decodes with nor on which process decodes it: each takes its share of the rows.
     """
 
     def __init__(
@@ -46,6 +63,7 @@ class TorchGenerator:
         max_new_tokens: int,
         sequences_per_batch: int,
         random: torch.Generator,
+        load: Callable[[Iterable[tuple[str, Tensor]]], None] | None = None,
     ) -> None:
         self._policy = policy
         self._decode = decode
@@ -53,34 +71,50 @@ class TorchGenerator:
         self._max_new_tokens = max_new_tokens
         self._sequences_per_batch = sequences_per_batch
         self._random = random
+        self._load = load
+        self._stopping = Stopping()
+        self.version = 0
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Bring a copy of the policy up to date; the policy's own weights always are, and `weights` is not touched."""
+        if self._load is not None:
+            self._load(weights)
+        self.version = version
+
+    def stop(self) -> None:
+        """Let a `generate` in another thread end before its next token, by raising GivenUp."""
+        self._stopping.ask()
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """One response for each prompt, in their order."""
+        return self.answer(prompts, draw_uniform(len(prompts), self._max_new_tokens, self._random))
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], keys: Sequence[Key] | None = None) -> list[Rollout]:
-        """One response for each prompt, in their order.
-
-        With `keys`, one a prompt, the chance in a response is its key's alone: it is the same whoever samples it, and
-        whenever, and the generator's random state is left as it is.
-        """
+    def answer(self, prompts: Sequence[Prompt], uniform: Tensor) -> list[Rollout]:
+        """One response for each prompt, in their order, from their numbers as `draw_uniform` makes them."""
+        uniform = uniform.to(self._policy.device)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        own: list[int] = order[world().rank :: world().size]
         answers: dict[int, Rollout] = {}
-        for start in range(0, len(order), self._sequences_per_batch):
-            indices = order[start : start + self._sequences_per_batch]
-            chosen = None if keys is None else [keys[index] for index in indices]
-            rollouts = self._generate_together([prompts[index] for index in indices], chosen)
-            answers |= dict(zip(indices, rollouts, strict=True))
+        with self._policy.gathered():
+            for start in range(0, len(own), self._sequences_per_batch):
+                indices = own[start : start + self._sequences_per_batch]
+                rollouts = self._generate_together([prompts[index] for index in indices], uniform[indices])
+                answers |= dict(zip(indices, rollouts, strict=True))
+        answers = {index: answer for part in world().gather(answers) for index, answer in part.items()}
         return [answers[index] for index in range(len(prompts))]
 
-    def _generate_together(self, prompts: Sequence[Prompt], keys: Sequence[Key] | None) -> list[Rollout]:
+    def _generate_together(self, prompts: Sequence[Prompt], uniform: Tensor) -> list[Rollout]:
+        """One response for each prompt, from numbers [B, max_new_tokens] drawn uniformly from [0, 1)."""
         device, limit = self._policy.device, self._max_new_tokens
-        drawn = None if keys is None else uniforms(keys, limit).to(device)
         responses = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(prompts), limit, device=device)
         lengths = torch.full((len(prompts),), limit, device=device)
         rows = torch.arange(len(prompts), device=device)
         logits, decoding = self._read_prompts(prompts)
         for t in range(limit):
-            quantiles = None if drawn is None else drawn[rows, t, None]
-            tokens, token_logprobs = sample(logits, self._random, quantiles)
+            self._stopping.check()
+            tokens, token_logprobs = sample(logits, uniform[rows, t])
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs
             stopped = torch.isin(tokens, self._stop_ids)
             if bool(stopped.any()):

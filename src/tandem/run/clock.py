@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds by phase since they were last read."""
+    """Seconds by phase since they were last read, as a timer tells them."""
 
-    def __init__(self) -> None:
+    def __init__(self, timer: Callable[[], float] = time.monotonic) -> None:
+        self._timer = timer
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
+        start = self._timer()
         yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + self._timer() - start
 
     def read(self, tokens: int) -> dict[str, float]:
         """`time/*` in seconds and the step's throughput in response tokens a second; the clock starts anew."""

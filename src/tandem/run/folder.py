@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,17 +19,24 @@ from tandem.run.keeper import Keeper
 from tandem.run.record import Recipe
 from tandem.run.start import CHECKPOINTS, Start
 from tandem.run.trackers import Place, Tracker, open_trackers
+from tandem.world import world
 
 
 class RunFolder:
     """`config.toml`, `metrics.jsonl` (an object a step), `rollouts/`, `model/`, `summary.json`, `tensorboard/`.
 
-    A run that goes on finds what was written after the snapshot that it goes on from cut off again.
+    A run that goes on finds what was written after the snapshot that it goes on from cut off again. Where several
+    processes train together the first one's folder is the run's; the others write theirs where nobody looks, and it
+    goes when they do.
     """
 
     def __init__(self, path: Path, config: Recipe, start: Start) -> None:
         """Raises InputError where the folder cannot be written, or a tracker is not installed."""
         settings, snapshot = without_none(config.model_dump()), start.snapshot
+        checkpoints, trackers = path / CHECKPOINTS, config.run.trackers
+        self._aside = None if world().first else TemporaryDirectory(prefix="tandem-")
+        if self._aside is not None:
+            path, trackers = Path(self._aside.name), []
         try:
             write_whole(path / "config.toml", tomli_w.dumps(settings))
             write_json(start.record, path / RECORD)
@@ -41,8 +49,8 @@ class RunFolder:
             raise InputError(f"run.directory = {str(path)!r} cannot be written: {error.strerror}.") from error
         self.path = path
         place = Place(path, str(start.record["identity"]), snapshot.step if snapshot else None)
-        self._trackers: list[Tracker] = open_trackers(config.run.trackers, place, settings)
-        self.keeper = Keeper(path / CHECKPOINTS, config.checkpoints, self.sync)
+        self._trackers: list[Tracker] = open_trackers(trackers, place, settings)
+        self.keeper = Keeper(checkpoints, config.checkpoints, self.sync)
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +62,8 @@ class RunFolder:
         self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
+        if self._aside is not None:
+            self._aside.cleanup()
 
     @property
     def model(self) -> Path:

@@ -18,6 +18,7 @@ from tandem.recipe import command_to_resume
 from tandem.run.checkpoints import Kept, Snapshot, damage, kept_checkpoints, read_checkpoint, write_checkpoint
 from tandem.run.signals import Terminated
 from tandem.run.space import check_space
+from tandem.world import world
 
 SLOW_UPDATE_SECONDS = 10.0
 
@@ -26,13 +27,15 @@ class Keeper:
     """Saves snapshots of a run when they are due, in a thread of its own, and removes those that are too many.
 
     `sync` puts on disk whatever else must be there before a checkpoint is, so that no power cut can leave a checkpoint
-    that is ahead of the run's metrics.
+    that is ahead of the run's metrics. Several processes that train together write a checkpoint together, each its own
+    part, while they wait; and after an error of one of them there is only the last one.
     """
 
     def __init__(self, folder: Path, settings: CheckpointSection, sync: Callable[[], None]) -> None:
         self._folder, self._settings, self._sync = folder, settings, sync
-        self._kept = kept_checkpoints(folder)
-        self._measured = measured_so_far(folder.parent / "metrics.jsonl", settings.best_metric)
+        self._kept = world().from_first(lambda: kept_checkpoints(folder))
+        measured = folder.parent / "metrics.jsonl"
+        self._measured = world().from_first(lambda: measured_so_far(measured, settings.best_metric))
         self._saved_at, self._saved_step = time.monotonic(), self._kept[-1].step if self._kept else 0
         self._marked: Snapshot | None = None
         self._update_seconds = float("inf")
@@ -77,13 +80,16 @@ class Keeper:
             self.save_marked()
             raise Interrupted(f"ended by SIGTERM. {self._way_back(stage)}") from None
         except RunError as error:
-            with suppress(RunError):
-                self.save_marked()
+            self._save_after_error()
             raise RunError(f"{error} {self._way_back(stage)}") from error
         except Exception:
+            self._save_after_error()
+            raise
+
+    def _save_after_error(self) -> None:
+        if world().alone:
             with suppress(RunError):
                 self.save_marked()
-            raise
 
     def _way_back(self, stage: str) -> str:
         again = command_to_resume(stage, self._folder.parent)
@@ -126,11 +132,12 @@ class Keeper:
         # An optimiser that has not stepped has no moments yet; AdamW has two for each weight.
         weights = sum(tensor.nbytes for name, tensor in snapshot.tensors.items() if name.endswith(".weight"))
         there = sum(_bytes(one.path) for one in self._kept)
-        check_space(self._folder.parent, 3 * weights * copies - there, f"{copies} checkpoints at a time")
+        needed = 3 * weights * copies - there
+        world().from_first(lambda: check_space(self._folder.parent, needed, f"{copies} checkpoints at a time"))
 
     def _due(self, step: int) -> bool:
         every = self._settings.every_steps
-        waited = time.monotonic() - self._saved_at
+        waited = world().from_first(lambda: time.monotonic() - self._saved_at)
         return (every is not None and step % every == 0) or waited >= 60 * self._settings.every_minutes
 
     @property
@@ -149,7 +156,7 @@ class Keeper:
         """The checkpoint of the best step. Raises RunError where it is damaged."""
         self.wait()
         path = self._folder / f"step_{self.best_step or 0:06d}"
-        if (problem := damage(path)) is not None:
+        if (problem := world().from_first(lambda: damage(path))) is not None:
             raise RunError(f"the best checkpoint {path} is damaged ({problem}).")
         return read_checkpoint(path)
 
@@ -174,11 +181,18 @@ class Keeper:
     def _save(self, snapshot: Snapshot) -> None:
         self.wait()
         self._saved_at, self._saved_step = time.monotonic(), snapshot.step
-        own = snapshot.copied()
-        self._writing = self._writer.submit(self._write, own)
+        if world().alone:
+            self._writing = self._writer.submit(self._write, snapshot.copied())
+            return
+        self._writing = Future()
+        try:
+            self._writing.set_result(self._write(snapshot))
+        except OSError as error:
+            self._writing.set_exception(error)
 
     def _write(self, snapshot: Snapshot) -> Kept:
-        self._folder.mkdir(exist_ok=True)
+        if world().first:
+            self._folder.mkdir(exist_ok=True)
         self._sync()
         return write_checkpoint(self._folder, snapshot)
 
@@ -186,7 +200,7 @@ class Keeper:
         newest = sorted(self._kept, key=lambda one: one.step)[-self._settings.keep :]
         staying = [one for one in self._kept if one in newest or one.step == self.best_step]
         for one in self._kept:
-            if one not in staying:
+            if one not in staying and world().first:
                 shutil.rmtree(one.path, ignore_errors=True)
         self._kept = staying
 

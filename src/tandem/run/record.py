@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import tandem
-from tandem.config import CheckpointSection, RunSection
+from tandem.config import CheckpointSection, ParallelSection, RunSection
 from tandem.errors import InputError
 
 _INPUTS = {"model", "baseline", "reference", "function", "train", "eval", "prompts", "eval_prompts", "rollouts"}
@@ -35,6 +35,9 @@ class Recipe(Settings, Protocol):
 
     @property
     def checkpoints(self) -> CheckpointSection: ...
+
+    @property
+    def parallel(self) -> ParallelSection: ...
 
 
 def record_of(stage: str, config: Settings) -> dict[str, Any]:

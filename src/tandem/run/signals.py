@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from tandem.world import world
+
 
 class Terminated(BaseException):
     """SIGTERM came, and what is at hand is given up for it."""
@@ -38,6 +40,9 @@ class Signals:
     SIGTERM, which is followed by an end that nobody can refuse, sets `requested` and `terminating`. Work that can be
     done again exactly, marked by `may_give_up`, is given up for it by raising `Terminated`; other work has
     `grace_seconds` to end by itself, and then it is given up too.
+
+    Where several processes train together, none may leave the others alone in their work: whatever is asked of any of
+    them only sets its flags, and all end between two steps, once they have agreed on it.
     """
 
     def __init__(self, grace_seconds: float) -> None:
@@ -64,8 +69,16 @@ class Signals:
         if self.terminating and kind is None and callable(before):
             before(signal.SIGTERM, None)
 
+    def agreed(self) -> bool:
+        """Between two steps: whether an end was asked for, of this process or of one that trains with it."""
+        asked = world().gather((self.requested, self.terminating))
+        self.requested, self.terminating = (any(flags) for flags in zip(*asked, strict=True))
+        return self.requested
+
     def end_if_terminating(self) -> None:
-        """Between two pieces of work: raises Terminated where SIGTERM has come."""
+        """Between two pieces of work: raises Terminated where SIGTERM has come, to any that trains with this one."""
+        if not world().alone:
+            self.agreed()
         if self.terminating:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise Terminated
@@ -73,8 +86,9 @@ class Signals:
     @contextmanager
     def may_give_up(self) -> Iterator[None]:
         """Work that leaves no trace until it ends, so that it can be given up at any moment."""
-        self.end_if_terminating()
-        self._may_give_up = True
+        if world().alone:
+            self.end_if_terminating()
+        self._may_give_up = world().alone
         try:
             yield
         finally:
@@ -91,6 +105,8 @@ class Signals:
         if self.terminating:
             return
         self.requested = self.terminating = True
+        if not world().alone:
+            return
         if self._may_give_up:
             raise Terminated
         signal.signal(signal.SIGALRM, self._on_time_up)

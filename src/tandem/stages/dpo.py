@@ -23,8 +23,10 @@ from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
 from tandem.stages.from_data import Lesson, run_from_data, trained_part
-from tandem.stages.pairs import answer_tokens, by_prompt, micro_batches
-from tandem.types import Tokens, split_by_tokens
+from tandem.stages.pairs import answer_tokens, by_prompt, own_parts
+from tandem.stages.together import of_all
+from tandem.types import Tokens
+from tandem.world import world
 
 
 def run_dpo(config: DpoConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
@@ -105,19 +107,21 @@ def reference_logprobs(policy: Policy, answers: Iterable[Answered], budget: int)
     """log pi_ref(y|x) of each distinct answer, before anything has learnt; they are constants from here on."""
     distinct = list(dict.fromkeys(answers))
     found: dict[Answered, float] = {}
-    for rows in split_by_tokens(torch.tensor([len(answer.ids) for answer in distinct]), budget):
+    for rows, _ in world().deal(torch.tensor([len(answer.ids) for answer in distinct]), budget):
         part = [distinct[row] for row in rows.tolist()]
         found |= dict(zip(part, answer_logprobs(policy, part, budget).tolist(), strict=True))
-    return found
+    return {answer: logprob for part in world().gather(found) for answer, logprob in part.items()}
 
 
 def train_on(learner: DpoLearner, pairs: Sequence[Pair]) -> dict[str, float]:
     """One optimiser step on a minibatch of pairs."""
     sums = algo.Sums()
-    for chosen, rejected in ratio_parts(learner, pairs):
+    for chosen, rejected, weight in ratio_parts(learner, pairs):
         loss = loss_sum(chosen, rejected, learner.settings)
-        learner.engine.backward(loss / len(pairs))
-        add_metrics(sums, "train", loss, chosen, rejected, learner.settings)
+        learner.engine.backward(weight * loss / len(pairs))
+        if weight:
+            add_metrics(sums, "train", loss, chosen, rejected, learner.settings)
+    sums = of_all(sums)
     check_losses(sums, learner.engine)
     return {**sums.means(), "train/grad_norm": learner.engine.step()}
 
@@ -126,19 +130,21 @@ def train_on(learner: DpoLearner, pairs: Sequence[Pair]) -> dict[str, float]:
 def measure_heldout(learner: DpoLearner, pairs: Sequence[Pair]) -> dict[str, float]:
     """The same metrics on pairs that were not trained on; empty where there are none."""
     sums = algo.Sums()
-    for chosen, rejected in ratio_parts(learner, pairs):
+    for chosen, rejected, weight in ratio_parts(learner, pairs):
         loss = loss_sum(chosen, rejected, learner.settings)
-        add_metrics(sums, "heldout", loss, chosen, rejected, learner.settings)
-    return dict(sums.means())
+        if weight:
+            add_metrics(sums, "heldout", loss, chosen, rejected, learner.settings)
+    return dict(of_all(sums).means())
 
 
-def ratio_parts(learner: DpoLearner, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
-    """log pi/pi_ref of the chosen and the rejected answers [n] each, a micro-batch at a time."""
+def ratio_parts(learner: DpoLearner, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """log pi/pi_ref of the chosen and the rejected answers [n] each, a micro-batch of this process's share at a time,
+    with its weight."""
     budget = learner.settings.compute.tokens_per_microbatch
-    for part in micro_batches(pairs, budget):
+    for part, weight in own_parts(pairs, budget):
         logprobs = answer_logprobs(learner.policy, part.answers, budget)
         ratios = logprobs - logprobs.new_tensor([learner.reference[answer] for answer in part.answers])
-        yield ratios[part.chosen.to(ratios.device)], ratios[part.rejected.to(ratios.device)]
+        yield ratios[part.chosen.to(ratios.device)], ratios[part.rejected.to(ratios.device)], weight
 
 
 def loss_sum(chosen: Tensor, rejected: Tensor, settings: DpoConfig) -> Tensor:

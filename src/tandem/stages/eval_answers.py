@@ -20,7 +20,7 @@ from tandem.models.source import is_classifier, positions, read_config
 from tandem.models.trunk import Trunk
 from tandem.run import Progress
 from tandem.stages.joint import in_parts, tokens_of
-from tandem.stages.joint_setup import make_generator
+from tandem.stages.sampling import make_generator
 from tandem.types import Prompt, Rollout
 
 

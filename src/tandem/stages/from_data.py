@@ -21,14 +21,14 @@ from tandem.run import Progress, RunFolder
 from tandem.run.checkpoints import Snapshot
 from tandem.run.disk import writing
 from tandem.run.faults import Faults, diagnosis
-from tandem.run.lock import claimed
 from tandem.run.machine import machine_record
 from tandem.run.memory import memory_limits
 from tandem.run.random_state import random_numbers, random_tensors, restore_random
 from tandem.run.record import Recipe
 from tandem.run.signals import Signals
-from tandem.run.start import check_planned, start_of
-from tandem.view import reported
+from tandem.run.start import check_planned
+from tandem.stages.together import begun, reported_once
+from tandem.world import world
 
 Item = TypeVar("Item")
 
@@ -126,15 +126,14 @@ def run_from_data(
     Interrupted for SIGTERM.
     """
     started, path = time.monotonic(), Path(config.run.directory)
-    with claimed(path):
-        start = start_of(path, stage, config, resume, progress)
+    with begun(path, stage, config, resume, progress) as start:
         torch.manual_seed(config.run.seed)
         lesson = prepare()
         standing = take_up(lesson, start.snapshot) if start.snapshot else None
         since = started - (start.snapshot.state["seconds"] if start.snapshot else 0.0)
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
             training = Training(stage, lesson, folder, signals, progress, config.run.max_faults_in_a_row, since)
-            with reported(path, progress.warn), folder.keeper.safe(stage):
+            with reported_once(path, progress.warn), folder.keeper.safe(stage):
                 return sum_up(training, train_from_data(training, standing), config.run.seed)
 
 
@@ -174,7 +173,7 @@ def train_from_data(training: Training[Item], standing: Standing | None) -> Stan
                 short = {name: standing.row.get(f"train/{name}", float("nan")) for name in lesson.headline}
                 shown.advance(short)
             keeper.boundary(training.snapshot(standing), standing.row)
-            if standing.step >= lesson.steps or keeper.out_of_patience or signals.requested:
+            if standing.step >= lesson.steps or keeper.out_of_patience or signals.agreed():
                 break
             standing = step(training, standing, list(islice(items, lesson.items_per_step)))
             keeper.mark(training.snapshot(standing))
@@ -229,6 +228,7 @@ def conclude(training: Training[Item], standing: Standing) -> Standing:
         with training.signals.may_give_up():
             heldout = lesson.measure()
         row |= heldout
+    row = world().from_first(lambda: row)
     training.folder.log(standing.step, row)
     return replace(standing, row=row, logged=True, heldout=heldout)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tandem import algo
 from tandem.config import AdvantageSection, KlSection
-from tandem.types import Batch, Rollout, Scores, Tokens, Trajectories, pad_tokens, split_by_tokens
+from tandem.types import Batch, Rollout, Scores, Tokens, Trajectories, pad_tokens
+from tandem.world import world
 
 SAME_LOGPROB = 1e-4
 TRIED_SHARE = 8
@@ -107,15 +108,19 @@ def policy_logprobs(
 def in_parts(
     function: Callable[[Tokens], Tensor], tokens: Tokens, tokens_per_microbatch: int, extra_columns: int = 0
 ) -> Tensor:
-    """A per-token function over all rows, a micro-batch at a time: [B, T + extra_columns]."""
+    """A per-token function over all rows, a micro-batch at a time: [B, T + extra_columns].
+
+    Each process runs its share of the rows, and all of them get the whole.
+    """
     out: Tensor | None = None
-    for rows in split_by_tokens(tokens.lengths, tokens_per_microbatch):
+    for rows, weight in world().deal(tokens.lengths, tokens_per_microbatch):
         part = function(tokens.select(rows))
         if out is None:
             out = part.new_zeros(len(tokens), tokens.mask.shape[1] + extra_columns)
-        out[rows, : part.shape[1]] = part
+        if weight:
+            out[rows, : part.shape[1]] = part
     assert out is not None
-    return out
+    return world().sum(out)
 
 
 def estimate_advantages(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import KlSection, PpoConfig, RewardSource, SamplingSection, term_names
+from tandem.config import KlSection, PpoConfig, RewardSource, term_names
 from tandem.data.prompts import PromptLimits, read_prompts
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
@@ -23,10 +23,13 @@ from tandem.rewards.composition import Earned, Term, WeightedSum
 from tandem.rewards.function import FunctionReward, RewardFunction, load_function
 from tandem.rewards.model import ModelReward
 from tandem.rewards.remote import RemoteReward
-from tandem.rollout import Generator, TorchGenerator
+from tandem.rollout import Generator, VllmEngine, VllmGenerator
+from tandem.rollout.vllm_generator import check_installed
 from tandem.run import Progress, RunFolder
 from tandem.stages.joint import evaluate, tokens_of
+from tandem.stages.sampling import make_engine, make_generator, send_weights
 from tandem.stages.scoring import refused_before_training
+from tandem.stages.together import by_first
 from tandem.stages.update import Course, Engine, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
 from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
@@ -35,8 +38,8 @@ from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
 class Workers(Protocol):
     """Generators and reward workers as a joint run needs them."""
 
-    def generator(self, policy: CausalPolicy, random: torch.Generator) -> Generator:
-        """One that samples from the policy's weights as they are at the moment; `random` decides what."""
+    def generator(self, random: torch.Generator) -> Generator:
+        """One that samples from the weights that it is sent; `random` decides what."""
         ...
 
     def spread(self, terms: Mapping[str, Term]) -> dict[str, Term]:
@@ -65,6 +68,7 @@ class JointStage:
     reward: WeightedSum
     reward_models: dict[str, RewardModel]
     generator: Generator
+    engine: VllmEngine | None
     learners: tuple[PolicyLearner, ValueLearner] | SharedLearner
     placement: Placement
     sampling: torch.Generator
@@ -127,9 +131,17 @@ class JointStage:
         self.models.value.rescale(mean, std)
 
     def fresh_generator(self, config: PpoConfig) -> Generator:
-        """One with a random state of its own, the same every time, that leaves training's alone."""
+        """One on the weights as they are, with a random state of its own, the same every time."""
+        policy, tokenizer = self.models.policy, self.tokenizer
         random = torch.Generator(device=self.placement.device).manual_seed(config.run.seed + 1)
-        return sampler(self.models.policy, self.tokenizer, config.rollout, random, self.workers)
+        if self.workers is not None:
+            generator: Generator = self.workers.generator(random)
+        elif self.engine is not None:
+            generator = VllmGenerator(self.engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
+        else:
+            return make_generator(policy, tokenizer, config.rollout, random)
+        send_weights(policy, generator, version=0)
+        return generator
 
     def save(self, folder: RunFolder) -> None:
         policy = self.models.policy
@@ -149,6 +161,8 @@ def build(
     do that than this process.
     """
     functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
+    if config.rollout.generator == "vllm":
+        check_installed()
     device, compute = pick_device(config.compute.device), config.compute
     dtype = pick_dtype(compute.precision, device)
     placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code)
@@ -162,11 +176,11 @@ def build(
     check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
     sampling = torch.Generator(device=device).manual_seed(config.run.seed)
-    generator = sampler(models.policy, tokenizer, config.rollout, sampling, workers)
+    engine, generator = make_sampler(config, models.policy, tokenizer, [*prompts[0], *prompts[1]], sampling, workers)
     terms = reward_terms(config.rewards, reward_models, functions, tokenizer)
     reward = WeightedSum(terms if workers is None else workers.spread(terms))
     if offsets is None:
-        reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress, workers)
+        reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress)
     else:
         reward = reward.with_offsets(offsets)
     return JointStage(
@@ -177,13 +191,35 @@ def build(
         reward=reward,
         reward_models=reward_models,
         generator=generator,
+        engine=engine,
         learners=learners(config, models),
         placement=placement,
         sampling=sampling,
         random=torch.Generator().manual_seed(config.run.seed),
-        recompute_logprobs=config.rollout.recompute_logprobs == "always",
+        recompute_logprobs=config.rollout.recompute_logprobs == "always" or config.rollout.off_policy,
         workers=workers,
     )
+
+
+def make_sampler(
+    config: PpoConfig,
+    policy: CausalPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    random: torch.Generator,
+    workers: Workers | None,
+) -> tuple[VllmEngine | None, Generator]:
+    """What samples the responses of training, and the engine behind it, where that is vLLM's in this process."""
+    if workers is not None:
+        return None, workers.generator(random)
+    if config.rollout.generator == "vllm":
+        longest = max(len(prompt.ids) for prompt in prompts) + config.rollout.max_new_tokens
+        engine = make_engine(policy, config, longest)
+        return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
+    if config.rollout.staleness:
+        copy = policy.own_copy()
+        return None, make_generator(copy, tokenizer, config.rollout, random, copy.load_weights)
+    return None, make_generator(policy, tokenizer, config.rollout, random)
 
 
 def reward_terms(
@@ -205,13 +241,16 @@ def scored_by(
     functions: Mapping[str, RewardFunction],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Callable[[Sequence[Rollout]], Earned]:
-    """What scores for one source of reward: the model that was loaded for it, its function, or its server."""
+    """What scores for one source of reward: the model that was loaded for it, its function, or its server.
+
+    Functions and servers are asked once, however many processes train together.
+    """
     if source.model is not None:
         assert model is not None
         return ModelReward(model.scorer, model.tokenizer, source.model, model.context, source.on_error)
     if source.function is not None:
-        return FunctionReward(functions[source.function], source, decoder(tokenizer))
-    return RemoteReward(source, decoder(tokenizer))
+        return by_first(FunctionReward(functions[source.function], source, decoder(tokenizer)))
+    return by_first(RemoteReward(source, decoder(tokenizer)))
 
 
 def centred_on_reference(
@@ -221,7 +260,6 @@ def centred_on_reference(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     progress: Progress,
-    workers: Workers | None,
 ) -> WeightedSum:
     """The reward with the terms that ask for it less their mean on responses that the reference gives.
 
@@ -231,7 +269,7 @@ def centred_on_reference(
     if not names:
         return reward
     sampling = torch.Generator(device=models.policy.device).manual_seed(config.run.seed + 2)
-    generator = sampler(models.policy, tokenizer, config.rollout, sampling, workers)
+    generator = make_generator(models.policy, tokenizer, config.rollout, sampling)
     count = config.score.reference_samples
     rollouts = generator.generate(random.Random(config.run.seed).choices(prompts, k=count))
     with refused_before_training():
@@ -336,30 +374,4 @@ def learners(config: PpoConfig, models: JointModels) -> tuple[PolicyLearner, Val
     return (
         PolicyLearner(models.policy, LocalEngine([trunk], policy, "policy"), policy),
         ValueLearner(models.value, LocalEngine(of_value, value, "value model"), value),
-    )
-
-
-def sampler(
-    policy: CausalPolicy,
-    tokenizer: PreTrainedTokenizerBase,
-    rollout: SamplingSection,
-    random: torch.Generator,
-    workers: Workers | None,
-) -> Generator:
-    """What answers prompts under the policy's weights as they are: the workers, or this process."""
-    if workers is not None:
-        return workers.generator(policy, random)
-    return make_generator(policy, tokenizer, rollout, random)
-
-
-def make_generator(
-    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, rollout: SamplingSection, random: torch.Generator
-) -> TorchGenerator:
-    return TorchGenerator(
-        policy,
-        decoder(tokenizer),
-        policy.stop_ids(tokenizer),
-        max_new_tokens=rollout.max_new_tokens,
-        sequences_per_batch=rollout.sequences_per_batch,
-        random=random,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tandem.data.examples import Answered, Pair
 from tandem.types import Tokens, whole_texts
+from tandem.world import world
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ def micro_batches(pairs: Sequence[Pair], budget: int) -> Iterator[Together]:
         width = max(width, longest)
     if part:
         yield _together(part)
+
+
+def own_parts(pairs: Sequence[Pair], budget: int) -> Iterator[tuple[Together, float]]:
+    """This process's share of the pairs as `micro_batches`, each with its weight: 1, or 0 where it only goes along."""
+    if pairs:
+        shares = [list(micro_batches(share, budget)) for share in world().in_order(pairs)]
+        yield from world().in_step(shares, _together(pairs[:1]))
 
 
 def _together(pairs: Sequence[Pair]) -> Together:

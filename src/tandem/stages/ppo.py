@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tandem.config import PpoConfig
-from tandem.data.prompts import prompt_batches
 from tandem.errors import InputError, NotFinite, RunError
 from tandem.health import Watch, watched
 from tandem.models.sharing import histogram_of
@@ -23,14 +24,13 @@ from tandem.run.clock import Clock
 from tandem.run.disk import writing
 from tandem.run.faults import diagnosis
 from tandem.run.folder import read_metrics
-from tandem.run.lock import claimed
 from tandem.run.machine import machine_record, memory_in_use
 from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
-from tandem.run.start import start_of
 from tandem.stages.finite import check_scores
 from tandem.stages.joint_setup import JointStage, Workers, build
 from tandem.stages.joint_start import StartGaps, check_start
+from tandem.stages.sampling import Sampled, batches, meanwhile, repeat, send_weights
 from tandem.stages.saved_rollouts import (
     SavedRollout,
     as_scored,
@@ -44,9 +44,10 @@ from tandem.stages.scoring import skipped_metric, with_scores_only
 from tandem.stages.standing import Standing, snapshot_of, take_up
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import Judged, judge, learn
+from tandem.stages.together import begun, reported_once
 from tandem.stages.watching import note, set_rate, stops, tell
 from tandem.types import Batch, Prompt, Rollout
-from tandem.view import reported
+from tandem.world import world
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def run_ppo(
     Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
     started, path = time.monotonic(), Path(config.run.directory)
-    with claimed(path):
-        start = start_of(path, "ppo", config, resume, progress)
+    with begun(path, "ppo", config, resume, progress) as start:
         earlier = {} if start.snapshot is None else start.snapshot.state
         torch.manual_seed(config.run.seed)
         saved = read_saved(config) if start.snapshot is None else []
@@ -98,10 +98,11 @@ def run_ppo(
         gaps = check_start(stage, config)
         standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
-            watch, since = watched(read_metrics(path), config), started - earlier.get("seconds", 0.0)
+            rows = world().from_first(lambda: read_metrics(path))
+            watch, since = watched(rows, config), started - earlier.get("seconds", 0.0)
             set_rate(stage.engines["policy"], watch, config)
             run = JointRun(stage, config, folder, signals, progress, watch, gaps, since)
-            with reported(path, progress.warn), folder.keeper.safe("ppo"):
+            with reported_once(path, progress.warn), folder.keeper.safe("ppo"):
                 standing = standing or begin(run, saved)
                 folder.keeper.check_space(run.snapshot(standing))
                 return finish(run, train(run, standing))
@@ -122,8 +123,7 @@ def begin(run: JointRun, saved: Sequence[SavedRollout]) -> Standing:
 def train(run: JointRun, standing: Standing) -> Standing:
     """Step after step, until all are done or an end is asked for."""
     config, keeper = run.config, run.folder.keeper
-    prompts = prompt_batches(run.stage.prompts, config.rollout.prompts_per_step, config.run.seed)
-    prompts = islice(prompts, standing.state.step, None)
+    prompts = pairwise(batches(run.stage.prompts, config, standing.state.step))
     planned = config.steps + (config.value.warmup.steps if config.value.warmup else 0)
     with run.progress.stage("PPO", planned, done=standing.state.step) as shown:
         while True:
@@ -131,10 +131,10 @@ def train(run: JointRun, standing: Standing) -> Standing:
                 standing = conclude(run, standing)
                 shown.advance(headline(standing.row), note=note(run.watch))
             keeper.boundary(run.snapshot(standing), standing.row)
-            if standing.state.finished or keeper.out_of_patience or run.signals.requested or run.unwell:
+            if standing.state.finished or keeper.out_of_patience or run.unwell or run.signals.agreed():
                 break
-            state, row = step(run, standing, next(prompts))
-            standing = replace(standing, state=state, row=row, logged=False)
+            state, row, ahead = step(run, standing, *next(prompts))
+            standing = replace(standing, state=state, row=row, logged=False, ahead=ahead)
             keeper.mark(run.snapshot(standing))
     run.signals.end_if_terminating()
     keeper.save_marked()
@@ -148,21 +148,70 @@ def back_to_best(run: JointRun) -> int:
     return best
 
 
-def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[JointState, dict[str, float]]:
-    """Sample, score, judge, learn: one joint step, its metrics, and the state after it.
+def step(
+    run: JointRun, standing: Standing, prompts: Sequence[Prompt], following: Sequence[Prompt]
+) -> tuple[JointState, dict[str, float], Sampled | None]:
+    """Sample, score, judge, learn: one joint step, the state after it, its metrics, and what was sampled ahead."""
+    clock, done, workers = Clock(), standing.state.step, run.stage.workers
+    if workers is not None:
+        workers.begin_step(done + 1)
+    sampled = standing.ahead or sample(run, done, prompts, clock)
+    with sampled_ahead(run, standing.state, following, clock) as following_sampled:
+        state, metrics = learn_from(run, standing, sampled.rollouts, clock)
+        with clock("rollout"):
+            ahead = following_sampled.result() if following_sampled else None
+    metrics |= {"rollout/staleness": float(done - sampled.version)}
+    metrics |= {} if workers is None else workers.metrics()
+    metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in sampled.rollouts))
+    return *world().from_first(lambda: (state, metrics)), ahead
+
+
+def sample(run: JointRun, done: int, prompts: Sequence[Prompt], clock: Clock) -> Sampled:
+    """Responses from the policy as it is now, after so many steps."""
+    with run.signals.may_give_up():
+        with clock("weight_sync"):
+            send_weights(run.stage.models.policy, run.stage.generator, done)
+        with clock("rollout"):
+            return generate(run, prompts, done + 1)
+
+
+def generate(run: JointRun, prompts: Sequence[Prompt], number: int) -> Sampled:
+    """What the generator answers, for the step of this number."""
+    generator = run.stage.generator
+    with memory_limits("sampling", number, sampling_knobs(run.config)):
+        return Sampled(generator.generate(prompts), generator.version)
+
+
+@contextmanager
+def sampled_ahead(
+    run: JointRun, state: JointState, prompts: Sequence[Prompt], clock: Clock
+) -> Iterator[Future[Sampled] | None]:
+    """Within it, with a staleness of 1, the next step's responses are sampled from the policy as it is at its start.
+
+    They are whole at its end, so that between two steps nothing is on its way. The last step has none to follow.
+    """
+    if run.config.rollout.staleness == 0 or state.at_last_step:
+        yield None
+        return
+    generator = run.stage.generator
+    with clock("weight_sync"):
+        send_weights(run.stage.models.policy, generator, state.step)
+    with meanwhile(lambda: generate(run, prompts, state.step + 2), give_up=generator.stop) as sampled:
+        yield sampled
+
+
+def learn_from(
+    run: JointRun, standing: Standing, sampled: list[Rollout], clock: Clock
+) -> tuple[JointState, dict[str, float]]:
+    """Score, judge, learn: what a step does with its responses.
 
     A step that meets a number that is not finite is skipped. Raises RunError after too many of them.
     """
-    stage, config, state, clock = run.stage, run.config, standing.state, Clock()
+    stage, config, state = run.stage, run.config, standing.state
     number = state.step + 1
-    if stage.workers is not None:
-        stage.workers.begin_step(number)
-    sampled: list[Rollout] = []
     judged: Judged | None = None
     try:
         with run.signals.may_give_up():
-            with clock("rollout"), memory_limits("sampling", number, sampling_knobs(config)):
-                sampled = stage.generator.generate(repeat(prompts, config.rollout.responses_per_prompt))
             with clock("score"):
                 everything = stage.score(sampled)
                 rollouts, scores, skipped = with_scores_only(sampled, everything)
@@ -190,9 +239,7 @@ def step(run: JointRun, standing: Standing, prompts: Sequence[Prompt]) -> tuple[
         run.progress.warn(f"step {number} is skipped: {fault}; what it worked on is kept in faults/.")
         if after.faults.in_a_row >= config.run.max_faults_in_a_row:
             raise diagnosis(fault, after.faults, number) from None
-    metrics = metrics | after.faults.metrics() | memory_in_use(stage.placement.device)
-    metrics |= {} if stage.workers is None else stage.workers.metrics()
-    return after, metrics | clock.read(tokens=sum(len(rollout.ids) for rollout in sampled))
+    return after, metrics | after.faults.metrics() | memory_in_use(stage.placement.device)
 
 
 def conclude(run: JointRun, standing: Standing) -> Standing:
@@ -321,11 +368,6 @@ def pretrain_value(
 
 def explained_of_saved(stage: JointStage, config: PpoConfig, state: JointState, saved: Sequence[SavedRollout]) -> float:
     return judge(stage, config, state, *as_scored(saved)).metrics["value/explained_variance"]
-
-
-def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
-    """Each prompt several times over, side by side."""
-    return [prompt for prompt in prompts for _ in range(times)]
 
 
 def evaluate_heldout(run: JointRun, name: str, state: JointState) -> dict[str, float]:

@@ -26,7 +26,9 @@ from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
 from tandem.stages.from_data import Lesson, run_from_data
-from tandem.stages.pairs import by_prompt, micro_batches
+from tandem.stages.pairs import by_prompt, own_parts
+from tandem.stages.together import of_all
+from tandem.world import world
 
 
 def run_reward(config: RewardConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
@@ -121,18 +123,20 @@ def train_on(
 ) -> dict[str, float]:
     """One optimiser step on a minibatch of pairs."""
     sums = algo.Sums()
-    for scores in scored_parts(learner.model, pairs, config.compute.tokens_per_microbatch):
+    for scores, weight in scored_parts(learner.model, pairs, config.compute.tokens_per_microbatch):
         loss = total = algo.preference_loss(scores.chosen, scores.rejected, scores.margins)
         if config.centring_weight > 0:
             total = total + config.centring_weight * algo.centring_loss(scores.chosen, scores.rejected)
         if config.every_token_weight > 0:
             by_token = algo.prefix_preference_loss(scores.chosen_by_token, scores.rejected_by_token, scores.mask)
             total = total + config.every_token_weight * by_token
-            sums.add("train/every_token_loss", by_token.detach(), len(scores.chosen))
-        engine.backward(total / len(pairs))
-        sums.add("train/loss", loss.detach(), len(scores.chosen))
-        sums.add("train/accuracy", algo.right_order(scores.chosen, scores.rejected), len(scores.chosen))
-        sums.add("train/margin", (scores.chosen - scores.rejected).detach().sum(), len(scores.chosen))
+            sums.add("train/every_token_loss", weight * by_token.detach(), weight * len(scores.chosen))
+        engine.backward(weight * total / len(pairs))
+        if weight:
+            sums.add("train/loss", loss.detach(), len(scores.chosen))
+            sums.add("train/accuracy", algo.right_order(scores.chosen, scores.rejected), len(scores.chosen))
+            sums.add("train/margin", (scores.chosen - scores.rejected).detach().sum(), len(scores.chosen))
+    sums = of_all(sums)
     check_losses(sums, engine)
     return {**sums.means(), "train/grad_norm": engine.step()}
 
@@ -141,9 +145,10 @@ def train_on(
 def measure_heldout(learner: RewardLearner, pairs: Sequence[Pair], budget: int) -> dict[str, float]:
     """Loss, accuracy, margin and score on pairs that were not trained on; accuracy by which answer is the longer one,
     and how far the scores' sureness is from their accuracy. A tie counts as half right."""
-    sums, parts = algo.Sums(), list(scored_parts(learner.model, pairs, budget))
-    if not parts:
+    if not pairs:
         return {}
+    own = [scores for scores, weight in scored_parts(learner.model, pairs, budget) if weight]
+    sums, parts = algo.Sums(), [scores for part in world().gather(own) for scores in part]
     for scores in parts:
         loss = algo.preference_loss(scores.chosen, scores.rejected, scores.margins)
         sums.add("heldout/loss", loss, len(scores.chosen))
@@ -173,15 +178,15 @@ def length_of(heldout: Mapping[str, float]) -> algo.ByLength | None:
     return algo.ByLength(*found[0], *found[1])
 
 
-def scored_parts(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> Iterator[PairScores]:
-    """Scores of pairs, a micro-batch at a time."""
-    for part in micro_batches(pairs, budget):
+def scored_parts(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> Iterator[tuple[PairScores, float]]:
+    """Scores of this process's share of the pairs, a micro-batch at a time, each with its weight."""
+    for part, weight in own_parts(pairs, budget):
         tokens = part.tokens.to(model.trunk.device)
         after = model.values(tokens)[:, 1:]
         last = after.gather(1, tokens.response_lengths[:, None] - 1)
         after = torch.where(tokens.mask, after, last)
         chosen, rejected = part.chosen.to(after.device), part.rejected.to(after.device)
-        yield PairScores(
+        scores = PairScores(
             margins=part.margins.to(after.device),
             longer_by=part.longer_by.to(after.device),
             chosen=last[chosen, 0],
@@ -190,6 +195,7 @@ def scored_parts(model: ScalarModel, pairs: Sequence[Pair], budget: int) -> Iter
             rejected_by_token=after[rejected],
             mask=tokens.mask[chosen] | tokens.mask[rejected],
         )
+        yield scores, weight
 
 
 def save(
@@ -213,6 +219,7 @@ def save(
         adapter=config.adapters,
         probes=probes,
     )
-    write_card(card, folder)
+    if world().first:
+        write_card(card, folder)
     for doubt in card.doubts():
         progress.warn(doubt)

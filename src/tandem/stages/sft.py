@@ -23,7 +23,9 @@ from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
 from tandem.stages.from_data import Lesson, run_from_data, trained_part
-from tandem.types import split_by_tokens, whole_texts
+from tandem.stages.together import of_all
+from tandem.types import whole_texts
+from tandem.world import world
 
 
 def run_sft(config: SftConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def train_on(model: CausalPolicy, examples: Sequence[Example], engine: LocalEngi
     for loss, tokens in loss_parts(model, examples, budget):
         engine.backward(loss / count)
         sums.add("train/loss", loss.detach(), tokens)
+    sums = of_all(sums)
     check_losses(sums, engine)
     return {**sums.means(), "train/tokens": count, "train/grad_norm": engine.step()}
 
@@ -88,20 +91,21 @@ def measure_heldout(model: CausalPolicy, examples: Sequence[Example], budget: in
     sums = algo.Sums()
     for loss, tokens in loss_parts(model, examples, budget):
         sums.add("heldout/loss", loss, tokens)
-    return dict(sums.means())
+    return dict(of_all(sums).means())
 
 
 def loss_parts(model: CausalPolicy, examples: Sequence[Example], budget: int) -> Iterator[tuple[Tensor, int]]:
-    """-sum log pi over the taught tokens, and their number, a micro-batch at a time.
+    """-sum log pi over the taught tokens, and their number, a micro-batch of this process's share at a time.
 
-    A sequence's first token has nothing before it and is never counted.
+    Both are 0 where the process only goes along with the others. A sequence's first token has nothing before it and is
+    never counted.
     """
     if not examples:
         return
-    for rows in split_by_tokens(torch.tensor([len(example.ids) for example in examples]), budget):
+    for rows, weight in world().deal(torch.tensor([len(example.ids) for example in examples]), budget):
         part = [examples[row] for row in rows.tolist()]
         tokens = whole_texts([example.ids for example in part], [1] * len(part)).to(model.device)
         taught = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(example.taught[1:]) for example in part], batch_first=True
         ).to(model.device)
-        yield -algo.masked_sum(model.logprobs(tokens), taught), int(taught.sum())
+        yield -weight * algo.masked_sum(model.logprobs(tokens), taught), int(weight * taught.sum())

@@ -13,7 +13,9 @@ from tandem.run.checkpoints import Snapshot
 from tandem.run.random_state import random_numbers, random_tensors, restore_random
 from tandem.run.start import check_planned
 from tandem.stages.joint_setup import JointStage
+from tandem.stages.sampling import Sampled, batches, restored
 from tandem.stages.state import JointState, restored_state
+from tandem.text import decoder
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,15 @@ class Standing:
     """How far a joint run has come, besides its weights, optimisers and random states.
 
     `row` holds the metrics of the latest step, `logged` whether they are written down already; `begun` is what was
-    measured before the first step.
+    measured before the first step; `ahead` are the next step's responses, where they were sampled while the latest step
+    trained.
     """
 
     state: JointState
     row: Mapping[str, float]
     logged: bool
     begun: Mapping[str, Any]
+    ahead: Sampled | None = None
 
 
 def snapshot_of(stage: JointStage, standing: Standing, metrics_bytes: int, seconds: float) -> Snapshot:
@@ -38,12 +42,14 @@ def snapshot_of(stage: JointStage, standing: Standing, metrics_bytes: int, secon
             {name: engine.state() for name, engine in stage.engines.items()}
             | {"random": {name: random.get_state() for name, random in stage.randoms.items()}}
             | {"process": random_tensors()}
+            | ({"ahead": standing.ahead.tensors()} if standing.ahead else {})
         ),
         state={
             "state": standing.state.as_record(),
             "row": standing.row,
             "logged": standing.logged,
             "begun": standing.begun,
+            "ahead": standing.ahead.version if standing.ahead else None,
             "seconds": seconds,
             "value_units": stage.value_units,
             "offsets": stage.reward.offsets,
@@ -66,7 +72,11 @@ def take_up(stage: JointStage, config: PpoConfig, snapshot: Snapshot) -> Standin
         random.set_state(snapshot.tensors[f"random/{name}"])
     stage.set_value_units(*state["value_units"])
     restore_random(snapshot.under("process"), state["random"])
-    return Standing(restored_state(config, state["state"]), state["row"], state["logged"], state["begun"])
+    now, ahead = restored_state(config, state["state"]), None
+    if state.get("ahead") is not None:
+        prompts = next(batches(stage.prompts, config, now.step))
+        ahead = restored(snapshot.under("ahead"), prompts, state["ahead"], decoder(stage.tokenizer))
+    return Standing(now, state["row"], state["logged"], state["begun"], ahead)
 
 
 def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -36,6 +36,11 @@ class JointState:
         return not self.course.warming_up and self.course.done >= self.course.total
 
     @property
+    def at_last_step(self) -> bool:
+        """Whether the step that comes next is known to be the last one."""
+        return not self.course.warming_up and self.course.done + 1 >= self.course.total
+
+    @property
     def step(self) -> int:
         """Steps of either kind that are done."""
         return self.course.warmup_done + self.course.done

@@ -48,7 +48,7 @@ def judge(models: Models, config: PpoConfig, state: JointState, rollouts: Sequen
     shaped = shape_scores(scores, rollouts, config.score, state.scores, config.rollout.max_new_tokens)
     trajectories, kl = models.evaluate(rollouts, shaped), state.kl_section(config.kl)
     check_trajectories(trajectories)
-    batch = estimate_advantages(trajectories, config.advantage, kl, config.policy.importance_cap)
+    batch = estimate_advantages(trajectories, config.advantage, kl, config.importance_cap)
     check_batch(batch)
     return Judged(trajectories, batch, measure(trajectories, batch, scores, config.advantage, kl))
 

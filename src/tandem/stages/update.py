@@ -13,7 +13,9 @@ from torch import Tensor
 from tandem import algo
 from tandem.config import KlSection, PolicySection, ValueSection
 from tandem.stages.finite import check_losses
-from tandem.types import Batch, Tokens, split_by_tokens
+from tandem.stages.together import of_all
+from tandem.types import Batch, Tokens
+from tandem.world import world
 
 
 class Policy(Protocol):
@@ -83,6 +85,10 @@ class Engine(Protocol):
 
     def put(self, gradients: Sequence[Tensor | None]) -> None:
         """Add gradients, a tensor a parameter, to what the next step will use."""
+        ...
+
+    def product(self, one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+        """The inner product of two gradients as `take` gives them, over the parameters that both reach."""
         ...
 
     def discard(self) -> None:
@@ -221,14 +227,16 @@ def update_policy(
     """One optimiser step of the policy; False where it was left out since the policy had moved too far already."""
     count, own = minibatch.tokens.mask.sum(), algo.Sums()
     sums.add("policy/lr", policy.engine.lr, 1)
-    for part in microbatches(minibatch, tokens_per_microbatch):
+    for part, weight in microbatches(minibatch, tokens_per_microbatch):
         entropies: Tensor | None = None
         if policy.settings.entropy_coefficient > 0:
             logprobs, entropies = policy.model.logprobs_and_entropies(part.tokens)
         else:
             logprobs = policy.model.logprobs(part.tokens)
-        policy.engine.backward(policy_loss_sum(logprobs, entropies, part, policy.settings, kl, own) / count)
-    return finish_policy(policy.engine, policy.settings, own, sums)
+        counted = own if weight else algo.Sums()
+        loss = policy_loss_sum(logprobs, entropies, part, policy.settings, kl, counted)
+        policy.engine.backward(weight * loss / count)
+    return finish_policy(policy.engine, policy.settings, of_all(own), sums)
 
 
 def finish_policy(engine: Engine, settings: PolicySection, own: algo.Sums, sums: algo.Sums) -> bool:
@@ -302,10 +310,12 @@ def update_value(value: ValueLearner, minibatch: Batch, tokens_per_microbatch: i
     """One optimiser step of the value model."""
     count, own = minibatch.tokens.mask.sum(), algo.Sums()
     own.add("value/lr", value.engine.lr, 1)
-    for part in microbatches(minibatch, tokens_per_microbatch):
+    for part, weight in microbatches(minibatch, tokens_per_microbatch):
         read = value.model.values if value.settings.loss == "mse" else value.model.bin_logits
-        loss = value_loss_sum(read(part.tokens), part, value.settings, value.model.scale, own)
-        value.engine.backward(loss / count)
+        counted = own if weight else algo.Sums()
+        loss = value_loss_sum(read(part.tokens), part, value.settings, value.model.scale, counted)
+        value.engine.backward(weight * loss / count)
+    own = of_all(own)
     check_losses(own, value.engine)
     sums.merge(own)
     sums.add("value/grad_norm", value.engine.step(), 1)
@@ -348,11 +358,12 @@ def update_both(
     logged.
     """
     count, own = minibatch.tokens.mask.sum(), algo.Sums()
-    engine, cosine = learner.engine, GradientCosine()
+    engine, cosine = learner.engine, GradientCosine(learner.engine)
     own.add("policy/lr", engine.lr, 1)
-    for part in microbatches(minibatch, tokens_per_microbatch):
-        by_policy, by_value = both_loss_sums(learner, part, kl, own, stop_gradient=learner.stop_gradient)
-        by_policy, by_value = by_policy / count, learner.value.coefficient * by_value / count
+    for part, weight in microbatches(minibatch, tokens_per_microbatch):
+        counted = own if weight else algo.Sums()
+        by_policy, by_value = both_loss_sums(learner, part, kl, counted, stop_gradient=learner.stop_gradient)
+        by_policy, by_value = weight * by_policy / count, weight * learner.value.coefficient * by_value / count
         if with_cosine:
             engine.backward(by_policy, retain_graph=True)
             cosine.of_policy(engine.take())
@@ -365,16 +376,18 @@ def update_both(
         sums.add("policy/value_gradient_cosine", angle, 1)
         sums.add("policy/value_gradient_ratio", ratio, 1)
         engine.put(cosine.total())
-    return finish_policy(engine, learner.policy, own, sums)
+    return finish_policy(engine, learner.policy, of_all(own), sums)
 
 
 def update_head(learner: SharedLearner, minibatch: Batch, tokens_per_microbatch: int, sums: algo.Sums) -> None:
     """One optimiser step of the value head alone."""
     count, own = minibatch.tokens.mask.sum(), algo.Sums()
-    for part in microbatches(minibatch, tokens_per_microbatch):
+    for part, weight in microbatches(minibatch, tokens_per_microbatch):
         answers = learner.model.logprobs_and_values(part.tokens, entropies=False, stop_gradient=True)[2]
-        by_value = value_loss_sum(answers, part, learner.value, learner.model.scale, own)
-        learner.engine.backward(learner.value.coefficient * by_value / count)
+        counted = own if weight else algo.Sums()
+        by_value = value_loss_sum(answers, part, learner.value, learner.model.scale, counted)
+        learner.engine.backward(weight * learner.value.coefficient * by_value / count)
+    own = of_all(own)
     check_losses(own, learner.engine)
     sums.merge(own)
     sums.add("value/grad_norm", learner.engine.step(), 1)
@@ -395,7 +408,8 @@ def both_loss_sums(
 class GradientCosine:
     """The angle between two losses' gradients over the parameters that both reach; below 0 they pull apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._policy: list[Tensor | None] = []
         self._value: list[Tensor | None] = []
 
@@ -414,16 +428,16 @@ class GradientCosine:
     def values(self) -> tuple[float, float]:
         """The cosine, and how many times the policy's gradient the value's is, on what they share; NaN where one of the
         two is zero there, as with a head that answers 0."""
-        pairs = [
-            (one.double(), other.double())
-            for one, other in zip(self._policy, self._value, strict=True)
-            if one is not None and other is not None
-        ]
-        product = sum(float((one * other).sum()) for one, other in pairs)
-        norms = [math.sqrt(sum(float(side[n].square().sum()) for side in pairs)) for n in (0, 1)]
+        product = self._engine.product
+        shared = [one is not None and other is not None for one, other in zip(self._policy, self._value, strict=True)]
+        of_policy, of_value = (
+            [one if both else None for one, both in zip(side, shared, strict=True)]
+            for side in (self._policy, self._value)
+        )
+        norms = [math.sqrt(product(side, side)) for side in (of_policy, of_value)]
         if min(norms) == 0:
             return float("nan"), float("nan")
-        return product / (norms[0] * norms[1]), norms[1] / norms[0]
+        return product(of_policy, of_value) / (norms[0] * norms[1]), norms[1] / norms[0]
 
 
 def _added(one: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor | None]:
@@ -432,7 +446,8 @@ def _added(one: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor 
     return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]
 
 
-def microbatches(batch: Batch, tokens_per_microbatch: int) -> Iterator[Batch]:
-    """A minibatch in parts that fit in memory; the gradient of their sum does not depend on how it was split."""
-    for rows in split_by_tokens(batch.tokens.lengths, tokens_per_microbatch):
-        yield batch.select(rows)
+def microbatches(batch: Batch, tokens_per_microbatch: int) -> Iterator[tuple[Batch, float]]:
+    """This process's share of a minibatch in parts that fit in memory, each with the weight that its loss has: 1, or 0
+    where it only goes along. The gradient of their sum does not depend on how the minibatch was split."""
+    for rows, weight in world().deal(batch.tokens.lengths, tokens_per_microbatch):
+        yield batch.select(rows), weight

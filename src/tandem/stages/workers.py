@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,27 @@ from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
 from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.sharing import Placement, load_reward, reward_key, sampling_rule
+from tandem.models.source import positions
 from tandem.models.trunk import Trunk
 from tandem.rewards.composition import Earned, Term
 from tandem.rewards.function import load_function
-from tandem.rollout.keys import Key, draw_call
+from tandem.rollout import TorchGenerator, VllmGenerator
+from tandem.rollout.stopping import Stopping
+from tandem.rollout.torch_generator import draw_uniform
+from tandem.rollout.vllm_generator import draw_seeds
 from tandem.run.quiet import quiet_libraries
-from tandem.stages.joint_setup import make_generator, reward_terms
+from tandem.stages.joint_setup import reward_terms
+from tandem.stages.sampling import make_engine, make_generator
+from tandem.text import decoder
 from tandem.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts to answer together, with the key of each answer's chance."""
+    """Prompts to answer together, and the chance in each answer: a row each."""
 
     prompts: Sequence[Prompt]
-    keys: Sequence[Key]
+    chance: Tensor
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -46,30 +53,35 @@ class GeneratorWorker:
 
     def __init__(self, config: PpoConfig, folder: str) -> None:
         self._config, self._folder = config, folder
-        self._version: int | None = None
+        self._number: int | None = None
 
     def prepare(self) -> None:
         """Load the policy as the recipe names it. Raises InputError where it cannot be loaded here."""
         config, placement = self._config, at_home(self._config, self._folder)
         tokenizer = placement.tokenizer(config.policy.model, "policy.model")
-        trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
-        policy = CausalPolicy(trunk, sampling_rule(config))
-        self._weights = trunk.model.state_dict()
-        self._generator = make_generator(policy, tokenizer, config.rollout, torch.Generator(device=placement.device))
+        policy = CausalPolicy(Trunk(placement.causal(config.policy.model, "policy.model")), sampling_rule(config))
+        random = torch.Generator(device=placement.device)
+        if config.rollout.generator == "torch":
+            self._generator: TorchGenerator | VllmGenerator = make_generator(
+                policy, tokenizer, config.rollout, random, load=policy.load_weights
+            )
+            return
+        engine = make_engine(policy, config, longest_sequence(config, policy))
+        self._generator = VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
 
     def answer(self, sent: Sent, asked: Asked) -> list[Rollout]:
-        """Responses under these weights, which are fetched if they are not here yet."""
-        if sent.version != self._version:
-            self.load_weights(receive(sent), sent.version)
-        return self._generator.generate(asked.prompts, asked.keys)
+        """Responses under these weights, which are fetched if they are not here yet. Cut short, that leaves none."""
+        if sent.number != self._number:
+            self._number = None
+            self._generator.load_weights(receive(sent), sent.number)
+            self._number = sent.number
+        return self._generator.answer(asked.prompts, asked.chance)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over weights under the names of the saved model. Cut short, it leaves no version behind."""
-        self._version = None
-        with torch.no_grad():
-            for name, tensor in weights:
-                self._weights[name].copy_(tensor)
-        self._version = version
+
+def longest_sequence(config: PpoConfig, policy: CausalPolicy) -> int:
+    """Tokens of the longest prompt and response that the recipe allows and the model reads."""
+    wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return min(wanted, positions(policy.trunk.model.config) or wanted)
 
 
 class RewardWorker:
@@ -115,6 +127,8 @@ class RayWorkers:
     def __init__(self, config: PpoConfig, placed: Placed, run: Path) -> None:
         assert config.cluster is not None
         self._settings: ClusterSection = config.cluster
+        self._rollout = config.rollout
+        self._numbers = itertools.count(1)
         self._run = run
         self._events = Events(run)
         patience = Patience(self._settings.late_after, self._settings.silent_seconds)
@@ -129,8 +143,15 @@ class RayWorkers:
         self.generators = pool("generator", self._settings.generators, GeneratorWorker)
         self.scorers = pool("reward worker", self._settings.reward_workers, RewardWorker)
 
-    def generator(self, policy: CausalPolicy, random: torch.Generator) -> PooledGenerator:
-        return PooledGenerator(self.generators, policy, random, self._settings.samples_per_task)
+    def generator(self, random: torch.Generator) -> PooledGenerator:
+        """One that draws the chance in responses from `random`, as the recipe's generator in one process does."""
+
+        def draw(count: int) -> Tensor:
+            if self._rollout.generator == "vllm":
+                return draw_seeds(count, random)
+            return draw_uniform(count, self._rollout.max_new_tokens, random)
+
+        return PooledGenerator(self.generators, draw, self._settings.samples_per_task, self._numbers)
 
     def spread(self, terms: Mapping[str, Term]) -> dict[str, Term]:
         if self._settings.reward_workers == 0:
@@ -162,48 +183,46 @@ class RayWorkers:
 
 
 class PooledGenerator:
-    """A generator that spreads prompts over the generators of a pool, longest first.
+    """A generator that spreads prompts over the generators of a pool.
 
-    Each call sends the policy's weights as they are. What is sampled follows from the random state alone: not from how
-    many generators there are, which of them answers, or whether one dies.
+    Each response has its chance drawn for it, as in one process. So what is sampled does not depend on how many
+    generators there are, which of them answers, or whether one dies.
     """
 
-    def __init__(self, pool: Pool, policy: CausalPolicy, random: torch.Generator, samples_per_task: int) -> None:
-        self._pool, self._policy, self._random, self._size = pool, policy, random, samples_per_task
+    def __init__(
+        self, pool: Pool, draw: Callable[[int], Tensor], samples_per_task: int, numbers: Iterator[int]
+    ) -> None:
+        self._pool, self._draw, self._size, self._numbers = pool, draw, samples_per_task, numbers
         self._sent: Sent | None = None
+        self._stopping = Stopping()
+        self.version = 0
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Let the generators sample from these weights from now on; each fetches them with its next task."""
-        self._sent = send(weights, version)
+        """Sample from these weights from now on: generators fetch them with their next task."""
+        self._sent, self.version = send(weights, next(self._numbers)), version
+
+    def stop(self) -> None:
+        """Let a `generate` in another thread end soon, by raising GivenUp."""
+        self._stopping.ask()
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """One response for each prompt, in their order."""
-        call = draw_call(self._random)
-        self.load_weights(self._policy.weights(), call)
-        sent = self._sent
-        return in_groups(
-            prompts,
-            call,
-            self._size,
-            lambda groups: self._pool.run(groups, lambda process, asked: process.answer.remote(sent, asked)),
-        )
+        """One response for each prompt, in their order; the longest prompts are handed out first."""
+        sent, chance = self._sent, self._draw(len(prompts)).cpu()
+        groups = groups_by_length(prompts, self._size)[::-1]
+        asked = [Asked([prompts[row] for row in group], chance[group]) for group in groups]
+        answers = self._pool.run(asked, lambda process, one: process.answer.remote(sent, one), self._stopping.check)
+        found = {
+            row: rollout
+            for group, rollouts in zip(groups, answers, strict=True)
+            for row, rollout in zip(group, rollouts, strict=True)
+        }
+        return [found[row] for row in range(len(prompts))]
 
 
-def in_groups(
-    prompts: Sequence[Prompt], call: int, size: int, answer: Callable[[Sequence[Asked]], Sequence[Sequence[Rollout]]]
-) -> list[Rollout]:
-    """Responses to prompts, in their order, asked for in groups of prompts of similar length, the longest first.
-
-    A response may differ in the last bits of its logits with what is decoded beside it, so the groups follow from the
-    prompts alone.
-    """
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    asked = [Asked([prompts[i] for i in group], [(call, i) for i in group]) for group in groups]
-    rollouts: dict[int, Rollout] = {}
-    for group, answers in zip(groups, answer(asked), strict=True):
-        rollouts |= dict(zip(group, answers, strict=True))
-    return [rollouts[index] for index in range(len(prompts))]
+def groups_by_length(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Rows of similar length together, as a generator in one process puts them into batches."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class PooledScorer:

@@ -29,10 +29,10 @@ def run_view(path: Path, *, port: int, export_to: Path | None, report: bool, ope
         return
     _check_has_samples(run)
     with ViewServer(run, port) as server:
-        print(f"{run.name}: {server.address} (Ctrl-C ends it)", flush=True)
-        if open_browser and _has_screen():
-            webbrowser.open(server.address)
         try:
+            print(f"{run.name}: {server.address} (Ctrl-C ends it)", flush=True)
+            if open_browser and _has_screen():
+                webbrowser.open(server.address)
             server.serve_forever()
         except KeyboardInterrupt:
             print()

@@ -153,6 +153,9 @@ JOINT: Mapping[str, Description] = {
     "rollout/logprob_mismatch_max": _D(
         "Largest gap between the generator's log-probabilities and the training forward's.", "Small.", "nats a token"
     ),
+    "rollout/staleness": _D(
+        "Steps between the weights that sampled and those that train.", "At most rollout.staleness.", "steps"
+    ),
     "rollout/importance_weight": _D("Mean weight that corrects for that gap.", "Close to 1.", ""),
     "reward/skipped": _D("Samples left out of the step for having no score.", "0.", "samples"),
     "fault/skipped": _D("1 where the step was skipped for a number that is not finite.", "0.", ""),

@@ -1,0 +1,187 @@
+"""The cards that are planned for, with what their makers publish; and this machine, measured on the spot."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+from tandem.errors import InputError
+from tandem.plan.model_size import ModelSize
+
+GPUS_PER_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one GPU, or this machine's processor, has and reaches.
+
+    `memory_gib` is what a process can have of it; `flops` the published peak of dense bfloat16 products (of a
+    processor: what its products reached), `bandwidth` bytes/s of its memory, `link` bytes/s to and from the GPUs of
+    the same machine and `network` bytes/s of one GPU's share of the way between machines, one way each.
+
+    The shares of those that are reached, and what a call costs:
+    `product_share`, `bandwidth_share`, `link_share`; `layer_seconds` of calling one layer whose work is nothing, from
+    Python, and `graph_layer_seconds` where the calls were recorded (vLLM's CUDA graphs); `hop_seconds` of the least
+    collective among the GPUs of a machine.
+    """
+
+    name: str
+    memory_gib: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    runtime_gib: float = 1.0
+    product_share: float = 0.55
+    bandwidth_share: float = 0.8
+    link_share: float = 0.75
+    layer_seconds: float = 450e-6
+    graph_layer_seconds: float = 20e-6
+    hop_seconds: float = 25e-6
+    is_gpu: bool = True
+
+
+def _card(name: str, gib: float, tera_flops: float, gigabytes: float, link: float, network: float) -> Device:
+    return Device(name, gib, tera_flops * 1e12, gigabytes * 1e9, link * 1e9, network * 1e9)
+
+
+DEVICES: Mapping[str, Device] = {
+    device.name: device
+    for device in (
+        _card("B200", 178, 2250, 7700, 900, 50),
+        _card("H200", 139, 989, 4800, 450, 50),
+        _card("H100", 79, 989, 3350, 450, 50),
+        _card("A100-80GB", 79, 312, 2039, 300, 25),
+        _card("A100-40GB", 39, 312, 1555, 300, 25),
+        _card("L40S", 44, 362, 864, 32, 3),
+        _card("L4", 22, 121, 300, 32, 3),
+        _card("A10G", 22, 70, 600, 16, 3),
+        _card("RTX4090", 23.5, 165, 1008, 32, 3),
+        _card("RTX3090", 23.5, 71, 936, 32, 3),
+    )
+}
+# What people call cards by; a size alone is the slowest card of that size, so that what fits it fits them all.
+ALIASES: Mapping[str, str] = {
+    "A100": "A100-80GB",
+    "H100-80GB": "H100",
+    "H200-141GB": "H200",
+    "B200-180GB": "B200",
+    "L40S-48GB": "L40S",
+    "L4-24GB": "L4",
+    "A10G-24GB": "A10G",
+    "RTX4090-24GB": "RTX4090",
+    "RTX3090-24GB": "RTX3090",
+    "4090": "RTX4090",
+    "3090": "RTX3090",
+    "24GB": "L4",
+    "40GB": "A100-40GB",
+    "48GB": "L40S",
+    "80GB": "A100-80GB",
+    "141GB": "H200",
+}
+CPU = "cpu"
+_ASKED = re.compile(r"(?:(\d{1,6})\s*x\s*)?(.+)", re.IGNORECASE)
+MOST_GPUS = 65_536
+
+
+def gpus_asked_for(text: str) -> tuple[int, str]:
+    """`8xH100`, `64xH100-80GB`, `1x24GB`, `H200` or `cpu` -> how many, and the device's name in the table.
+
+    Raises InputError where the count or the card is none.
+    """
+    found = _ASKED.fullmatch(text.strip())
+    count, name = (int(found[1] or 1), found[2].strip().upper()) if found else (0, "")
+    if name == CPU.upper() and count == 1:
+        return 1, CPU
+    name = ALIASES.get(name, name)
+    if name not in DEVICES or not 1 <= count <= MOST_GPUS:
+        known = ", ".join([*DEVICES, *(alias for alias in ALIASES if alias.endswith("GB") and "-" not in alias), CPU])
+        raise InputError(
+            f"--gpus {text[:40]!r} was not understood: give COUNTxCARD, such as 8xH100 or 1x24GB, with 1 to "
+            f"{MOST_GPUS:,} of one of {known}."
+        )
+    return count, name
+
+
+def device_of(name: str, size: ModelSize, precision: str) -> Device:
+    """The device by its name in the table; `cpu` is measured now, at the width of the model that will run."""
+    return this_machine(size, precision) if name == CPU else DEVICES[name]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches at its best: FLOP/s of a matrix product, bytes/s of reading memory."""
+
+    flops: float
+    bandwidth: float
+
+
+Timer = Callable[[], float]
+
+
+def measure_ceilings(size: ModelSize, precision: str, device: str, timer: Timer = time.perf_counter) -> Ceilings:
+    """The fastest of products of the model's own width with 2,048 rows, and of summing 256 MiB."""
+    dtype = getattr(torch, precision)
+    inner = size.hidden
+    best = 0.0
+    for outer in (inner, 4 * inner):
+        left = torch.randn(2048, inner, dtype=dtype, device=device)
+        right = torch.randn(outer, inner, dtype=dtype, device=device)
+        seconds = _fastest(lambda: torch.nn.functional.linear(left, right), device, timer)  # noqa: B023
+        best = max(best, 2 * 2048 * inner * outer / seconds)
+    block = torch.randn(2**26, device=device)
+    return Ceilings(best, block.numel() * 4 / _fastest(block.sum, device, timer))
+
+
+def _fastest(work: Callable[[], object], device: str, timer: Timer, tries: int = 7) -> float:
+    seconds = []
+    for _ in range(tries):
+        start = timer()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(timer() - start)
+    return min(seconds[2:])
+
+
+def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_counter) -> Device:
+    """This machine's processor: its memory, its ceilings at the model's width, what calling a layer costs."""
+    ceilings = measure_ceilings(size, precision, CPU, timer)
+    return Device(
+        name=CPU,
+        memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+        flops=ceilings.flops,
+        bandwidth=ceilings.bandwidth,
+        link=ceilings.bandwidth,
+        network=ceilings.bandwidth,
+        runtime_gib=_runtime_gib(),
+        product_share=1.0,
+        bandwidth_share=1.0,
+        layer_seconds=_layer_seconds(timer),
+        is_gpu=False,
+    )
+
+
+def _layer_seconds(timer: Timer) -> float:
+    """What calling a layer costs where its work is next to nothing: one token through sixteen narrow layers."""
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=16, num_attention_heads=1, pad_token_id=None
+    )
+    model, ids = LlamaModel(config).eval(), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        return _fastest(lambda: model(input_ids=ids, use_cache=False), CPU, timer, tries=20) / config.num_hidden_layers
+
+
+def _runtime_gib() -> float:
+    """What a process holds that has loaded the libraries and no model, of a process that does just that."""
+    code = "import tandem.stages.joint_setup, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout) / (2**30 if sys.platform == "darwin" else 2**20)

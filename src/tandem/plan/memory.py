@@ -1,0 +1,196 @@
+"""The memory of one GPU by component, at the moment of a step that needs the most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tandem.plan.arithmetic import activation_bytes, cache_bytes, working_bytes
+from tandem.plan.demand import Demand
+from tandem.plan.layout import Layout
+from tandem.plan.model_size import ModelSize
+
+# Logits of one chunk (models/causal.py), in numbers.
+LOGITS_PER_CHUNK = 2**26
+# What the allocator holds and cannot hand out, as a share of what comes and goes.
+RESERVE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by component on one GPU: what stays for the whole run, and what each phase adds to it; and bytes of main
+    memory for each GPU."""
+
+    staying: Mapping[str, float]
+    by_phase: Mapping[str, Mapping[str, float]]
+    main_memory: Mapping[str, float]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.by_phase, key=lambda phase: sum(self.by_phase[phase].values()))
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        return {**self.staying, **self.by_phase[self.peak_phase]}
+
+    @property
+    def peak(self) -> float:
+        return sum(self.at_peak.values())
+
+
+def memory_of(demand: Demand, layout: Layout) -> Memory:
+    """What one GPU holds, the fullest of them."""
+    phases = {
+        "rollout": _rollout(demand, layout),
+        "evaluate": _evaluate(demand, layout),
+        "update": _update(demand, layout),
+    }
+    by_phase = {name: _with_reserve(part) for name, part in phases.items()}
+    by_phase["rollout"] |= _whole_while_sampling(demand, layout)
+    state = _state_copies(demand, layout)
+    staying = {**_staying(demand, layout), "libraries": layout.device.runtime_gib * 2**30}
+    if not layout.device.is_gpu:
+        staying |= state
+    return Memory(
+        {name: held for name, held in staying.items() if held},
+        by_phase,
+        state,
+    )
+
+
+def _with_reserve(part: Mapping[str, float]) -> dict[str, float]:
+    kept = {name: held for name, held in part.items() if held}
+    return {**kept, "allocator reserve": RESERVE_SHARE * sum(kept.values())}
+
+
+def _staying(demand: Demand, layout: Layout) -> dict[str, float]:
+    """Weights and optimisers. Whole models are cut over the GPUs of a group; adapters are whole on each."""
+    width, shard = demand.width, layout.shard
+    trained = (demand.policy_trained + demand.value_trained) / optimiser_shard(demand, layout)
+    policy = demand.policy.parameters * width / shard
+    held: dict[str, float] = {}
+    if demand.rank is None:
+        held |= {"policy": policy, "reference": policy}
+    else:
+        one = demand.policy.adapter_parameters(demand.rank, demand.upper_layers)
+        adapters = one * (1 + (demand.mode == "adapters") + demand.adapter_rewards)
+        held |= {"trunk of policy and reference": policy, "adapters": float(adapters * width)}
+    if demand.value is not None:
+        kept_head = demand.policy.head if demand.value_keeps_head else 0
+        held["value model"] = (demand.value.scalar_parameters + kept_head) * width / shard
+    held["reward models"] = sum(size.scalar_parameters for size in demand.rewards) * width / shard
+    held["float32 master weights"] = 4.0 * trained if width < 4 else 0.0
+    held["Adam moments"] = 8.0 * trained
+    held["gathered layers"] = _gathered(demand) if shard > 1 else 0.0
+    if layout.generator_copy == "always":
+        held["generator's weights"] = float(demand.policy.parameters * width)
+    return held
+
+
+def optimiser_shard(demand: Demand, layout: Layout) -> int:
+    """Over how many GPUs gradients and the optimiser's state are cut."""
+    return layout.shard if demand.rank is None else 1
+
+
+def _gathered(demand: Demand) -> float:
+    """The layer that computes, the one that is fetched meanwhile, and the embedding and head that stand around all."""
+    largest = max([demand.policy, *demand.rewards], key=lambda size: size.body)
+    return demand.width * (2.0 * largest.trunk / largest.layers + largest.head * (1 if largest.tied else 2))
+
+
+def _rollout(demand: Demand, layout: Layout) -> dict[str, float]:
+    size, width, lengths = demand.policy, demand.width, demand.lengths
+    rows = rows_together(demand, layout)
+    prompts = -(-rows // demand.responses_per_prompt)
+    reading = prompts * lengths.longest_prompt * working_bytes(size, width)
+    logits = rows * size.vocabulary * (width + 8.0)
+    cache = rows * lengths.longest * cache_bytes(size, width)
+    return {
+        "keys and values": cache if layout.cache_gib is None else layout.cache_gib * 2**30,
+        "working set": max(reading, logits),
+    }
+
+
+def _whole_while_sampling(demand: Demand, layout: Layout) -> dict[str, float]:
+    """The policy's weights once more: gathered from all GPUs, or held by a generator that gives them back."""
+    whole = float(demand.policy.parameters * demand.width)
+    if layout.generator_copy == "while sampling":
+        return {"generator's weights": whole}
+    return {"policy gathered whole": whole * (1 - 1 / layout.shard)} if layout.shard > 1 else {}
+
+
+def rows_together(demand: Demand, layout: Layout) -> int:
+    """Rows that decode together on one GPU."""
+    return min(-(-demand.sequences // layout.gpus), demand.sequences_per_batch)
+
+
+def _evaluate(demand: Demand, layout: Layout) -> dict[str, float]:
+    largest = max([demand.policy, *demand.rewards], key=lambda size: working_bytes(size, demand.width))
+    tokens = microbatch_tokens(demand, demand.sequences, layout)
+    return {
+        "working set": tokens * working_bytes(largest, demand.width) + logits_bytes(demand, tokens),
+        "shared activations": 2 * _shared_activations(demand, layout),
+    }
+
+
+def microbatch_tokens(demand: Demand, sequences: int, layout: Layout) -> float:
+    """Tokens of the largest micro-batch on one GPU: at most its part of the sequences, at least one."""
+    of_one = demand.lengths.longest
+    there = -(-sequences // layout.gpus) * of_one
+    return max(of_one, min(demand.tokens_per_microbatch // of_one * of_one, there))
+
+
+def logits_bytes(demand: Demand, tokens: float) -> float:
+    """One chunk of logits: as they come, in float32, and on a GPU the log-softmax beside them."""
+    size, lengths = demand.policy, demand.lengths
+    rows = min(tokens * lengths.longest_response / lengths.longest, LOGITS_PER_CHUNK // size.vocabulary)
+    return rows * size.vocabulary * (4.0 if demand.width == 4 else demand.width + 8.0)
+
+
+def _shared_activations(demand: Demand, layout: Layout) -> float:
+    """The lower layers' output for all of a step's sequences, where it is read once for all models."""
+    if not shares_below(demand, layout):
+        return 0.0
+    return demand.sequences * demand.lengths.longest * demand.policy.hidden * float(demand.width)
+
+
+def shares_below(demand: Demand, layout: Layout) -> bool:
+    """Whether the layers below the adapters run once for all models, which they do in one process."""
+    return demand.has_lower_layers and layout.gpus == 1
+
+
+def _update(demand: Demand, layout: Layout) -> dict[str, float]:
+    """The larger of the policy's and the value model's: they learn one after the other."""
+    sides = [_learning(demand, layout, demand.policy, demand.policy_trained, demand.policy_minibatch, projects=True)]
+    if demand.mode != "head":
+        value = demand.value or demand.policy
+        sides.append(_learning(demand, layout, value, demand.value_trained, demand.value_minibatch, projects=False))
+    return max(sides, key=lambda side: sum(side.values()))
+
+
+def _learning(
+    demand: Demand, layout: Layout, size: ModelSize, trained: int, minibatch: int, *, projects: bool
+) -> dict[str, float]:
+    width = demand.width
+    tokens = microbatch_tokens(demand, minibatch, layout)
+    layers = demand.upper_layers or size.layers
+    of_layer = activation_bytes(size, width)
+    kept = layers * width * size.hidden + of_layer if layout.activation_checkpointing else layers * of_layer
+    gradients = (4.0 if width == 4 else 4.0 + width) * trained / optimiser_shard(demand, layout)
+    embedding = 0.0 if demand.rank is not None else float(width) * size.head
+    return {
+        "gradients": gradients,
+        "activations": tokens * (kept + of_layer),
+        "working set": (logits_bytes(demand, tokens) if projects else 0.0) + embedding,
+        "shared activations": _shared_activations(demand, layout),
+    }
+
+
+def _state_copies(demand: Demand, layout: Layout) -> dict[str, float]:
+    """Copies in main memory of what trains: one that a checkpoint is written from, and a spare one while an update
+    runs."""
+    state = 12.0 * (demand.policy_trained + demand.value_trained) / optimiser_shard(demand, layout)
+    return {
+        "checkpoint being written": state if demand.keeps_state else 0.0,
+        "spare copy": state if demand.keeps_state and demand.spare_copy else 0.0,
+    }

@@ -1,0 +1,118 @@
+"""`tandem plan`: what a joint recipe needs and how long it takes, before anyone pays; no weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tandem.config import PpoConfig, VllmSection
+from tandem.errors import InputError
+from tandem.models.cards import read_card
+from tandem.models.source import check_labels, read_config
+from tandem.plan.advice import what_would_fit
+from tandem.plan.demand import PRECISION_BYTES, Lengths, demand_of
+from tandem.plan.devices import Device, device_of, gpus_asked_for
+from tandem.plan.layout import Layout
+from tandem.plan.model_size import ModelSize
+from tandem.plan.planned import Plan, planned
+from tandem.plan.shapes import size_of_shape
+from tandem.plan.words import report
+from tandem.recipe import load_config
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What to plan for: the GPUs, lengths that are known to be shorter than the recipe's limits, and a shape to take
+    instead of the recipe's models, whose files are then not looked at."""
+
+    gpus: str
+    prompt_tokens: int | None
+    response_tokens: int | None
+    model_shape: str | None
+    json: bool
+
+
+def run_plan(recipe: Path, overrides: Sequence[str], settings: PlanSettings) -> Plan:
+    """Plan, and print it. Raises InputError for GPUs, lengths or models that there are not, and for a recipe that a
+    run on so many GPUs would refuse."""
+    count = gpus_asked_for(settings.gpus)[0]
+    plan = plan_of(load_config(PpoConfig, recipe, [*overrides, f"--parallel.processes={count}"]), settings)
+    advice = [] if plan.fits else what_would_fit(plan.demand, plan.layout)
+    if settings.json:
+        print(json.dumps(plan.record() | {"advice": advice}, indent=2))
+    else:
+        report(plan, advice, Console(highlight=False))
+    return plan
+
+
+def plan_of(config: PpoConfig, settings: PlanSettings) -> Plan:
+    """The plan of a recipe whose processes are the GPUs asked for."""
+    name = gpus_asked_for(settings.gpus)[1]
+    policy, rewards = sizes_of(config, settings.model_shape)
+    precision = config.compute.precision
+    if precision == "auto":
+        precision = "float32" if name == "cpu" else "bfloat16"
+    device = device_of(name, policy, precision)
+    layout = layout_of(config, device)
+    lengths = lengths_of(config, settings)
+    return planned(demand_of(config, policy, rewards, lengths, PRECISION_BYTES[precision]), layout)
+
+
+def lengths_of(config: PpoConfig, settings: PlanSettings) -> Lengths:
+    """Raises InputError where a mean is said to be more than the recipe's limit."""
+    limits = {
+        "--prompt-tokens": (settings.prompt_tokens, "data.max_prompt_tokens", config.data.max_prompt_tokens),
+        "--response-tokens": (settings.response_tokens, "rollout.max_new_tokens", config.rollout.max_new_tokens),
+    }
+    for option, (given, key, limit) in limits.items():
+        if given is not None and given > limit:
+            raise InputError(f"{option} {given}: the mean is more than {key} = {limit}, the longest; raise that.")
+    (prompt, _, longest_prompt), (response, _, longest_response) = limits.values()
+    return Lengths(prompt or longest_prompt, response or longest_response, longest_prompt, longest_response)
+
+
+def sizes_of(config: PpoConfig, shape: str | None) -> tuple[ModelSize, list[ModelSize | None]]:
+    """The policy's size, and each reward model's in the recipe's order: None for an adapter of the policy."""
+    sources = list(dict.fromkeys(source.model for source in config.rewards if source.model is not None))
+    if shape is not None:
+        size = size_of_shape(shape)
+        return size, [size for _ in sources]
+    trust = config.compute.trust_remote_code
+    try:
+        policy = ModelSize.of_config(read_config(config.policy.model, "policy.model", trust))
+        return policy, [_reward_size(config, source, trust) for source in sources]
+    except InputError as error:
+        raise InputError(f"{error} Or plan a published shape in its place, such as --model-shape 7b.") from error
+
+
+def _reward_size(config: PpoConfig, source: str, trust: bool) -> ModelSize | None:
+    card = read_card(source)
+    if (
+        card is not None
+        and card.adapter is not None
+        and config.sharing.mode != "separate"
+        and Path(card.base).resolve() == Path(config.policy.model).resolve()
+    ):
+        return None
+    check_labels(source, "rewards.model", trust)
+    return ModelSize.of_config(read_config(source, "rewards.model", trust))
+
+
+def layout_of(config: PpoConfig, device: Device) -> Layout:
+    """As many GPUs as the recipe has processes, with the models cut as it says."""
+    rollout, parallel = config.rollout, config.parallel
+    sleeps = rollout.staleness == 0 and (rollout.vllm is None or rollout.vllm.sleep) and device.is_gpu
+    in_process = rollout.generator == "torch"
+    return Layout(
+        gpus=parallel.processes,
+        device=device,
+        shard=parallel.processes // parallel.replicate,
+        activation_checkpointing=parallel.activation_checkpointing,
+        generator=rollout.generator,
+        generator_copy="never" if in_process and rollout.staleness == 0 else "while sampling" if sleeps else "always",
+        cache_gib=None if in_process else (rollout.vllm or VllmSection()).kv_cache_gib,
+    )

@@ -1,0 +1,140 @@
+"""Where a step's responses come from: who samples them, from which weights, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tandem.config import PpoConfig, SamplingSection, VllmSection
+from tandem.data.prompts import prompt_batches
+from tandem.models.causal import CausalPolicy
+from tandem.rollout import Generator, TorchGenerator, VllmEngine, VllmGenerator
+from tandem.text import decoder
+from tandem.types import Prompt, Rollout
+
+T = TypeVar("T")
+Load = Callable[[Iterable[tuple[str, Tensor]]], None]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step's responses, and the number of steps after which the weights were as they sampled."""
+
+    rollouts: list[Rollout]
+    version: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the prompts do not tell, to be kept with a checkpoint."""
+        return {
+            "ids": torch.tensor([token for rollout in self.rollouts for token in rollout.ids]),
+            "logprobs": torch.tensor(
+                [logprob for rollout in self.rollouts for logprob in rollout.logprobs], dtype=torch.float64
+            ),
+            "lengths": torch.tensor([len(rollout.ids) for rollout in self.rollouts]),
+            "ended": torch.tensor([rollout.ended for rollout in self.rollouts]),
+        }
+
+
+def restored(
+    tensors: Mapping[str, Tensor],
+    prompts: Sequence[Prompt],
+    version: int,
+    decode: Callable[[Sequence[int], Sequence[int]], str],
+) -> Sampled:
+    """What `Sampled.tensors` kept, with the prompts that were answered."""
+    lengths = tensors["lengths"].tolist()
+    ids = [part.tolist() for part in tensors["ids"].split(lengths)]
+    logprobs = [part.tolist() for part in tensors["logprobs"].split(lengths)]
+    rows = zip(prompts, ids, logprobs, tensors["ended"].tolist(), strict=True)
+    return Sampled(
+        [Rollout(prompt, tuple(of), tuple(said), decode(prompt.ids, of), ended) for prompt, of, said, ended in rows],
+        version,
+    )
+
+
+def batches(prompts: Sequence[Prompt], config: PpoConfig, done: int) -> Iterator[list[Prompt]]:
+    """The prompts of each step after so many, each repeated for its several responses."""
+    for batch in islice(prompt_batches(prompts, config.rollout.prompts_per_step, config.run.seed), done, None):
+        yield repeat(batch, config.rollout.responses_per_prompt)
+
+
+def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
+    """Each prompt several times over, side by side."""
+    return [prompt for prompt in prompts for _ in range(times)]
+
+
+def make_generator(
+    policy: CausalPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: SamplingSection,
+    random: torch.Generator,
+    load: Load | None = None,
+) -> TorchGenerator:
+    """One that samples from the policy itself; `load` renews its weights where it is a copy of the one that trains."""
+    return TorchGenerator(
+        policy,
+        decoder(tokenizer),
+        policy.stop_ids(tokenizer),
+        max_new_tokens=rollout.max_new_tokens,
+        sequences_per_batch=rollout.sequences_per_batch,
+        random=random,
+        load=load,
+    )
+
+
+def make_engine(policy: CausalPolicy, config: PpoConfig, context: int) -> VllmEngine:
+    """A vLLM engine for the policy; where that is sent as an adapter, its base is in the engine already."""
+    settings, trunk = config.rollout.vllm or VllmSection(), policy.trunk
+    rank = None
+    if policy.adapter is not None and config.adapters is not None and sends_adapter(settings, trunk.device):
+        rank = config.adapters.rank
+    engine = VllmEngine(
+        trunk.model.config,
+        trunk.model.dtype,
+        trunk.device,
+        config.rollout,
+        settings,
+        context=context,
+        rank=rank,
+        sleeps=settings.sleep and config.rollout.staleness == 0,
+    )
+    if engine.takes_adapters:
+        engine.load_weights(trunk.merged_weights(None))
+    return engine
+
+
+def sends_adapter(settings: VllmSection, device: torch.device) -> bool:
+    """Whether a LoRA adapter is sent as such."""
+    return settings.lora == "adapter" or (settings.lora == "auto" and device.type == "cuda")
+
+
+def send_weights(policy: CausalPolicy, generator: Generator, version: int) -> None:
+    """Let the generator sample from the policy as it is now, after `version` steps."""
+    if isinstance(generator, VllmGenerator) and generator.takes_adapters:
+        assert policy.adapter is not None
+        generator.load_adapter(*policy.trunk.adapter_state(policy.adapter), version)
+    else:
+        generator.load_weights(policy.weights(), version)
+
+
+@contextmanager
+def meanwhile(work: Callable[[], T], give_up: Callable[[], Any]) -> Iterator[Future[T]]:
+    """Do the work in a thread beside the block, which asks the future for its result.
+
+    Where the block ends by an error, `give_up` is called, and the thread is waited for.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="sampling") as thread:
+        future = thread.submit(work)
+        try:
+            yield future
+        except BaseException:
+            give_up()
+            raise

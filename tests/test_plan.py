@@ -1,0 +1,334 @@
+"""What is planned, against what models really are, keep and hold: counted, never timed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tandem.cli import main
+from tandem.config import AdapterSection, PpoConfig
+from tandem.engine.local import LocalEngine, ParameterGroup
+from tandem.errors import InputError
+from tandem.models.cache import roomy_cache
+from tandem.models.trunk import Trunk
+from tandem.plan.advice import what_would_fit
+from tandem.plan.arithmetic import activation_bytes, cache_bytes
+from tandem.plan.demand import Demand, Lengths, demand_of
+from tandem.plan.devices import DEVICES, gpus_asked_for
+from tandem.plan.layout import Layout
+from tandem.plan.memory import memory_of
+from tandem.plan.model_size import ModelSize
+from tandem.plan.planned import planned
+from tandem.plan.shapes import SHAPES, size_of_shape
+from tandem.recipe import load_config
+from tandem.stages.planning import PlanSettings, plan_of
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NARROW = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+    pad_token_id=None,
+)
+BASE = ["--data.prompts=p.jsonl", "--policy.model=m", "--rewards.0.model=r"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "name"),
+    [
+        ("8xH100", 8, "H100"),
+        ("h200", 1, "H200"),
+        ("64 x H100-80GB", 64, "H100"),
+        ("1x24GB", 1, "L4"),
+        ("A100", 1, "A100-80GB"),
+        ("cpu", 1, "cpu"),
+    ],
+)
+def test_gpus_are_understood_as_people_write_them(asked, count, name):
+    assert gpus_asked_for(asked) == (count, name)
+
+
+@pytest.mark.parametrize("asked", ["", "0xH100", "8", "8xH900", "-1xH100", "8xcpu", "9999999xH100", "H100x8"])
+def test_gpus_that_there_are_not_are_refused_with_those_that_there_are(asked):
+    with pytest.raises(InputError, match=r"8xH100.*A100-80GB"):
+        gpus_asked_for(asked)
+
+
+def test_a_size_alone_is_the_slowest_card_of_that_size():
+    slowest = DEVICES[gpus_asked_for("24GB")[1]]
+    of_that_size = [device for device in DEVICES.values() if 21 < device.memory_gib <= 24]
+    assert slowest.memory_gib == min(device.memory_gib for device in of_that_size)
+    assert slowest.bandwidth == min(device.bandwidth for device in of_that_size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "published"),
+    [
+        ("qwen-0.5b", 494_032_768),
+        ("qwen-7b", 7_615_616_512),
+        ("llama-1b", 1_235_814_400),
+        ("llama-8b", 8_030_261_248),
+        ("llama-70b", 70_553_706_496),
+    ],
+)
+def test_shapes_have_as_many_weights_as_the_published_models(shape, published):
+    assert size_of_shape(shape).parameters == published
+
+
+def test_shapes_are_found_by_their_size():
+    assert size_of_shape("7B") == size_of_shape("qwen-7b")
+    with pytest.raises(InputError, match="llama-70b"):
+        size_of_shape("3000b")
+
+
+def test_a_classifier_has_its_body_and_a_row():
+    size = ModelSize.of_config(NARROW)
+    made = AutoModelForSequenceClassification.from_config(LlamaConfig(**{**NARROW.to_dict(), "num_labels": 1}))
+    assert size.scalar_parameters == sum(parameter.numel() for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("upper", [None, 2])
+def test_adapters_have_as_many_weights_as_lora_gives_them(upper):
+    trunk = Trunk(AutoModelForCausalLM.from_config(NARROW).requires_grad_(False))
+    made = trunk.add_adapter("policy", AdapterSection(rank=4, upper_layers=upper))
+    assert ModelSize.of_config(NARROW).adapter_parameters(4, upper) == sum(one.numel() for one in made)
+
+
+def test_a_mixture_of_experts_is_refused():
+    with pytest.raises(InputError, match="mixture of experts"):
+        ModelSize.of_config(Qwen2Config(num_experts=8))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_activations_are_those_that_autograd_keeps(dtype, width):
+    """A layer more keeps what the plan says, counted by storage so that a tensor that is kept twice counts once."""
+
+    def kept(layers: int) -> int:
+        config = LlamaConfig(**{**NARROW.to_dict(), "num_hidden_layers": layers})
+        model = AutoModelForCausalLM.from_config(config).to(dtype).model
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, int] = {}
+        alive = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            alive.append(tensor)
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=torch.zeros(4, 64, dtype=torch.int64), use_cache=False)
+        return sum(storages.values())
+
+    a_layer = (kept(5) - kept(2)) / 3 / (4 * 64)
+    assert activation_bytes(ModelSize.of_config(NARROW), width) == pytest.approx(a_layer, rel=0.05)
+
+
+def test_keys_and_values_are_those_of_the_cache():
+    model = AutoModelForCausalLM.from_config(NARROW).eval()
+    cache = roomy_cache(model, 10)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(2, 10, dtype=torch.int64), past_key_values=cache)
+    held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    assert held == 2 * 10 * cache_bytes(ModelSize.of_config(NARROW), 4)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_what_an_optimiser_holds_is_what_is_planned(dtype, width):
+    model = AutoModelForCausalLM.from_config(NARROW).to(dtype).requires_grad_(True)
+    config = load_config(PpoConfig, None, [*BASE, "--value.start=policy"])
+    engine = LocalEngine([ParameterGroup(list(model.parameters()), 1e-3)], config.policy)
+    engine.backward(model(input_ids=torch.arange(8)[None]).logits.float().sum())
+    engine.step()
+    state = engine.state()
+    moments = sum(tensor.nbytes for name, tensor in state.items() if "exp_avg" in name)
+    masters = sum(tensor.nbytes for name, tensor in state.items() if name.endswith(".weight"))
+    demand = demand_for(width=width)
+    staying = memory_of(demand, layout_for("H100")).staying
+    share = demand.policy_trained / (demand.policy_trained + demand.value_trained)
+    assert staying["Adam moments"] * share == pytest.approx(moments)
+    assert staying.get("float32 master weights", 0) * share == pytest.approx(masters if width == 2 else 0)
+
+
+def demand_for(*words: str, size: ModelSize | None = None, width: int = 2) -> Demand:
+    config = load_config(PpoConfig, None, [*BASE, "--value.start=policy", *words])
+    size = size or ModelSize.of_config(NARROW)
+    return demand_of(config, size, [size], Lengths(100, 100, 512, 128), width)
+
+
+def layout_for(card: str, gpus: int = 1, shard: int | None = None) -> Layout:
+    return Layout(gpus, DEVICES[card], shard or gpus, False, "torch", "never", None)
+
+
+def test_cut_over_more_gpus_each_holds_less_and_gathers_more():
+    demand = demand_for(size=size_of_shape("7b"))
+    one, eight = (memory_of(demand, layout_for("H100", gpus)) for gpus in (1, 8))
+    for name in ("policy", "reference", "value model", "Adam moments", "float32 master weights"):
+        assert eight.staying[name] == pytest.approx(one.staying[name] / 8)
+    whole = size_of_shape("7b").parameters * 2
+    assert eight.by_phase["rollout"]["policy gathered whole"] == pytest.approx(whole * 7 / 8)
+    assert "policy gathered whole" not in one.by_phase["rollout"]
+    costs = planned(demand, layout_for("H100", 8)).phases
+    assert costs["rollout"].network > 0 == planned(demand, layout_for("H100")).phases["rollout"].network
+
+
+def test_copies_hold_the_whole_and_sum_their_gradients():
+    demand = demand_for(size=size_of_shape("0.5b"))
+    copies, cut = (planned(demand, layout_for("H100", 8, shard)) for shard in (1, 8))
+    assert copies.memory.staying["policy"] == 8 * cut.memory.staying["policy"]
+    assert copies.phases["update"].network > 0
+
+
+def test_checkpointing_trades_memory_for_a_forward():
+    demand, layout = demand_for(size=size_of_shape("1.5b")), layout_for("H100")
+    plain, again = planned(demand, layout), planned(demand, replace(layout, activation_checkpointing=True))
+    assert again.memory.peak < plain.memory.peak
+    assert again.phases["update"].products > plain.phases["update"].products
+    assert again.phases["evaluate"] == plain.phases["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "card", "words"),
+    [
+        ("0.5b", "L4", ["--compute.tokens_per_microbatch=65536"]),
+        ("1.5b", "L4", []),
+        ("7b", "H100", []),
+        ("0.5b", "L4", ["--rollout.sequences_per_batch=4096", "--rollout.prompts_per_step=8192"]),
+    ],
+)
+def test_advice_that_is_followed_makes_it_fit(shape, card, words):
+    size, layout = size_of_shape(shape), layout_for(card)
+    demand = demand_for(*words, size=size)
+    assert not planned(demand, layout).fits
+    lines = what_would_fit(demand, layout)
+    assert lines
+    settings = [f"--{key}={value.partition(' (')[0]}" for key, _, value in (line.partition(" = ") for line in lines)]
+    layout = replace(layout, activation_checkpointing=any("activation_checkpointing" in line for line in lines))
+    assert planned(demand_for(*words, *settings, size=size), layout).fits
+
+
+def test_no_advice_where_no_line_helps():
+    assert what_would_fit(demand_for(size=size_of_shape("70b")), layout_for("L4")) == []
+
+
+def save_config(folder: Path, config, classifier: bool) -> str:
+    """A folder that says what a model is, without any weights."""
+    kind = type(config).__name__.removesuffix("Config")
+    config.architectures = [f"{kind}{'ForSequenceClassification' if classifier else 'ForCausalLM'}"]
+    config.num_labels = 1 if classifier else 2
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=tied,
+    )
+
+
+def of_shape(name: str):
+    return SHAPES[name]["kind"](**{key: value for key, value in SHAPES[name].items() if key != "kind"})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "policy", "reward"),
+    [
+        ("ppo-0.5b-24gb", "1x24GB", "qwen-0.5b", qwen3(1024, 3072, 28, 16, tied=True)),
+        ("ppo-7b-80gb", "1xH100", "qwen-7b", qwen3(2560, 9728, 36, 32, tied=True)),
+        ("ppo-7b-8x80gb", "8xH100", "qwen-7b", qwen3(4096, 12_288, 36, 32, tied=False)),
+        ("ppo-70b-64x180gb", "64xB200", "llama-70b", of_shape("llama-8b")),
+    ],
+)
+def test_recipes_of_real_sizes_fit_and_can_be_built(recipe, gpus, policy, reward, tmp_path):
+    models = [
+        f"--policy.model={save_config(tmp_path / 'policy', of_shape(policy), classifier=False)}",
+        f"--rewards.0.model={save_config(tmp_path / 'reward', reward, classifier=True)}",
+    ]
+    count = gpus_asked_for(gpus)[0]
+    config = load_config(PpoConfig, RECIPES / f"{recipe}.toml", [*models, f"--parallel.processes={count}"])
+    assert config.parallel == load_config(PpoConfig, RECIPES / f"{recipe}.toml", models).parallel
+    plan = plan_of(config, PlanSettings(gpus, None, None, None, json=False))
+    assert plan.fits
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(of_shape(policy))
+        scorer = AutoModelForSequenceClassification.from_config(reward)
+    assert plan.demand.policy.parameters == sum(parameter.numel() for parameter in built.parameters())
+    assert plan.demand.rewards[0].scalar_parameters == sum(parameter.numel() for parameter in scorer.parameters())
+
+
+def test_the_largest_recipe_does_not_fit_smaller_cards():
+    """Every GPU holds the whole policy while it samples, so no number of cards that are smaller than that will do."""
+    words = ["--parallel.processes=64"]
+    config = load_config(PpoConfig, RECIPES / "ppo-70b-64x180gb.toml", words)
+    plan = plan_of(config, PlanSettings("64xH100", None, None, "llama-70b", json=False))
+    assert not plan.fits
+    assert plan.memory.peak_phase == "rollout"
+
+
+def test_the_command_says_it_within_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ["plan", str(RECIPES / "ppo-0.5b-24gb.toml"), "--gpus", "1x24GB", "--model-shape", "0.5b"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "It fits." in said
+    assert main([*words, "--compute.tokens_per_microbatch=262144"]) == 1
+    assert "compute.tokens_per_microbatch = " in capsys.readouterr().out
+
+
+def test_the_command_answers_scripts(capsys):
+    words = ["plan", str(RECIPES / "ppo-7b-8x80gb.toml"), "--gpus", "8xH100", "--model-shape", "7b", "--json"]
+    assert main([*words, "--prompt-tokens", "100"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpus"], found["device"], found["fits"], found["advice"]) == (8, "H100", True, [])
+    assert found["memory"]["bytes_needed"] == pytest.approx(sum(found["memory"]["components"].values()))
+    seconds = sum(phase["seconds"] for phase in found["time"]["phases"].values())
+    assert found["time"]["seconds_a_step"] == pytest.approx(seconds)
+    assert found["lengths"]["mean_prompt"] == 100
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "8xH900"], "B200, H200, H100"),
+        (["--gpus", "1xH100", "--model-shape", "3000b"], "--model-shape '3000b'"),
+        (["--gpus", "1xH100", "--response-tokens", "100000"], "rollout.max_new_tokens"),
+        (["--gpus", "1xH100", "--rollout.nonsense=1"], "rollout.nonsense"),
+        (["--gpus", "512xH100"], "parallel.processes"),
+        ([], "--gpus"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_plan(words, said, capsys):
+    shape = [] if "--model-shape" in words else ["--model-shape", "7b"]
+    assert main(["plan", str(RECIPES / "ppo-7b-8x80gb.toml"), *words, *shape]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_looked_at_can_be_planned_by_shape(tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[policy]\nmodel = "none/here"\n[data]\nprompts = "p.jsonl"\n[[rewards]]\nmodel = "none/there"\n')
+    assert main(["plan", str(recipe), "--gpus", "8xH100", "--policy.model", str(tmp_path / "none")]) == 2
+    assert "--model-shape 7b" in capsys.readouterr().err
