@@ -132,19 +132,49 @@ def test_a_run_over_ray_is_the_run_in_one_process(cluster, tiny, tmp_path, untou
     assert (row["cluster/generators"], row["cluster/reward_workers"], row["cluster/lost_samples"]) == (2, 2, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_generator_that_dies_or_hangs_costs_its_task_alone(cluster, tiny, tmp_path, untouched, number):
+def test_a_killed_generator_costs_its_task_alone(cluster, tiny, tmp_path, untouched, capsys):
     words = [*words_of(tmp_path, tiny(), "run"), *OVER_RAY, f"--cluster.address={cluster}"]
-    words += ["--cluster.silent_seconds=20"] if number == signal.SIGSTOP else []
     done: list[int] = []
-    watching = kill_when_at("ray::GeneratorWorker.answer", number, done)
+    watching = kill_when_at("ray::GeneratorWorker.answer", signal.SIGKILL, done)
     assert main(["ppo", *words]) == 0
     watching.join()
     assert done
     assert differences(tmp_path / "run", untouched) == []
-    events = lost(tmp_path / "run", "worker lost")
-    assert [event["pool"] for event in events] == ["generator"]
-    assert events[0]["lost_samples"] <= SIZE
+    (event,) = lost(tmp_path / "run", "worker lost")
+    assert event["pool"] == "generator"
+    assert event["lost_samples"] <= SIZE
+    assert f"generator {event['worker']} was lost" in capsys.readouterr().out
+
+
+def test_a_generator_that_hangs_has_its_task_done_by_another(cluster, tiny, tmp_path, untouched):
+    words = [*words_of(tmp_path, tiny(), "run"), *OVER_RAY, f"--cluster.address={cluster}"]
+    done: list[int] = []
+    watching = kill_when_at("ray::GeneratorWorker.answer", signal.SIGSTOP, done)
+    assert main(["ppo", *words, "--cluster.silent_seconds=300"]) == 0
+    watching.join()
+    assert done
+    assert differences(tmp_path / "run", untouched) == []
+    assert [event["pool"] for event in lost(tmp_path / "run", "given twice")] == ["generator"]
+    assert lost(tmp_path / "run", "worker lost") == []
+
+
+def test_the_only_generator_that_hangs_is_ended_and_replaced(cluster, tiny, tmp_path, untouched):
+    words = [*words_of(tmp_path, tiny(), "run"), *OVER_RAY, f"--cluster.address={cluster}", "--cluster.generators=1"]
+    done: list[int] = []
+    watching = kill_when_at("ray::GeneratorWorker.answer", signal.SIGSTOP, done)
+    assert main(["ppo", *words, "--cluster.silent_seconds=30"]) == 0
+    watching.join()
+    assert done
+    assert differences(tmp_path / "run", untouched) == []
+    assert [event["reason"] for event in lost(tmp_path / "run", "worker lost")] == ["no answer for 30 s"]
+
+
+def test_sampling_one_update_behind_is_the_same_over_a_cluster(cluster, tiny, tmp_path):
+    behind = ["--rollout.staleness=1", f"--rollout.sequences_per_batch={SIZE}"]
+    assert main(["ppo", *words_of(tmp_path, tiny(), "here"), *behind]) == 0
+    words = [*words_of(tmp_path, tiny(), "there"), *behind, *OVER_RAY, f"--cluster.address={cluster}"]
+    assert main(["ppo", *words]) == 0
+    assert differences(tmp_path / "here", tmp_path / "there") == []
 
 
 def test_a_killed_reward_worker_costs_its_task_alone(cluster, tiny, tmp_path, untouched):

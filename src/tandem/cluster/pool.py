@@ -70,14 +70,24 @@ class Call(Generic[Task]):
 class Pool:
     """Workers of one kind. `start(number)` makes a process, an actor with a method `prepare`.
 
-    Dead processes are replaced. What is handed out must give the same answer whoever works on it, and however often.
+    Dead processes are replaced, and `warn` is told. What is handed out must give the same answer whoever works on it,
+    and however often.
     """
 
-    def __init__(self, name: str, count: int, start: Callable[[int], Any], patience: Patience, events: Events) -> None:
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        start: Callable[[int], Any],
+        patience: Patience,
+        events: Events,
+        warn: Callable[[str], None],
+    ) -> None:
         self.name = name
         self._start = start
         self._patience = patience
         self._events = events
+        self._warn = warn
         self._calls = 0
         self._workers = [Worker(number, None, None) for number in range(count)]
         for worker in self._workers:
@@ -179,6 +189,7 @@ class Pool:
             call.losses[task] += 1
             call.waiting.appendleft(task)
         self._events.write("worker lost", pool=self.name, worker=worker.number, reason=reason, lost_samples=lost)
+        self._warn(f"{self.name} {worker.number} was lost ({reason}); its {lost} unfinished samples are done again.")
         worker.deaths += 1
         if worker.deaths > LOSSES_ALLOWED or (task is not None and call.losses[task] > LOSSES_ALLOWED):
             raise RunError(

@@ -52,7 +52,7 @@ class Trainer:
             console = Console(file=cast(IO[str], writer), highlight=False, soft_wrap=True, color_system=None)
             with Progress(console) as progress:
                 run.mkdir(parents=True, exist_ok=True)
-                workers = RayWorkers(config, place, run)
+                workers = RayWorkers(config, place, run, progress.warn)
                 return Ended(run_ppo(config, progress, resume=resume, workers=workers), None)
         except (InputError, RunError, Interrupted) as error:
             return Ended(None, error)

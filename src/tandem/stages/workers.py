@@ -122,9 +122,9 @@ def at_home(config: PpoConfig, folder: str) -> Placement:
 
 
 class RayWorkers:
-    """Workers over a Ray cluster. They belong to the process that makes them, and end with it."""
+    """Workers over a Ray cluster. They belong to the process that makes them and end with it; `warn` is told of losses."""
 
-    def __init__(self, config: PpoConfig, placed: Placed, run: Path) -> None:
+    def __init__(self, config: PpoConfig, placed: Placed, run: Path, warn: Callable[[str], None]) -> None:
         assert config.cluster is not None
         self._settings: ClusterSection = config.cluster
         self._rollout = config.rollout
@@ -138,7 +138,7 @@ class RayWorkers:
             def start(number: int) -> Any:
                 return ray().remote(kind).options(**placed.options(role, number)).remote(config, folder)
 
-            return Pool(role, count, start, patience, self._events)
+            return Pool(role, count, start, patience, self._events, warn)
 
         self.generators = pool("generator", self._settings.generators, GeneratorWorker)
         self.scorers = pool("reward worker", self._settings.reward_workers, RewardWorker)
