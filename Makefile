@@ -11,7 +11,7 @@ BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench plan-check \
-	plan-curves screenshots test test-vllm test-ray lint format examples clean
+	plan-curves screenshots cluster-faults test test-vllm test-ray lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -44,6 +44,9 @@ study: .venv/ready ## PPO, A2C, DPO and best-of-n at equal KL, after make demo-s
 
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults
+
+cluster-faults: .venv-ray/ready ## kill each kind of process of runs over Ray: docs/results/cluster-faults.md
+	PYTHONPATH=benchmarks .venv-ray/bin/python -m faults.cluster
 
 fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
 	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)

@@ -122,7 +122,10 @@ def at_home(config: PpoConfig, folder: str) -> Placement:
 
 
 class RayWorkers:
-    """Workers over a Ray cluster. They belong to the process that makes them and end with it; `warn` is told of losses."""
+    """Workers over a Ray cluster. They belong to the process that makes them, and end with it.
+
+    `warn` is told of losses.
+    """
 
     def __init__(self, config: PpoConfig, placed: Placed, run: Path, warn: Callable[[str], None]) -> None:
         assert config.cluster is not None
