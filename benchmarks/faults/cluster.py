@@ -30,9 +30,10 @@ OVER_RAY = [
     "--cluster.generators=2",
     "--cluster.reward_workers=2",
     f"--cluster.samples_per_task={SAMPLES_PER_TASK}",
-    "--cluster.silent_seconds=30",
+    "--cluster.silent_seconds=60",
 ]
 COMMAND = "the command"
+REWARD = "def reward(prompts, responses, rows):\n    return [float(len(response) % 7) for response in responses]\n"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def main(times: int) -> int:
     with tempfile.TemporaryDirectory(prefix="tandem-faults-") as scratch:
         folder = Path(scratch)
         prepare(folder)
+        (folder / "own.py").write_text(REWARD, encoding="utf-8")
         words = words_of(folder)
         alone = [f"--rollout.sequences_per_batch={SAMPLES_PER_TASK}", f"--run.directory={folder / 'alone'}"]
         subprocess.run(command(*words, *alone), env=environment(), check=True, capture_output=True)
@@ -93,7 +95,7 @@ def main(times: int) -> int:
 
 
 def words_of(folder: Path) -> list[str]:
-    words = ["ppo", f"--policy.model={folder / 'model'}", f"--rewards.0.function={folder / 'reward.py'}:reward"]
+    words = ["ppo", f"--policy.model={folder / 'model'}", f"--rewards.0.function={folder / 'own.py'}:reward"]
     words += [f"--data.prompts={folder / 'prompts.jsonl'}", "--value.start=policy", "--steps=16", "--run.trackers=[]"]
     words += ["--rollout.prompts_per_step=8", "--rollout.responses_per_prompt=4", "--rollout.max_new_tokens=48"]
     words += ["--rewards.0.timeout_seconds=20"]

@@ -684,7 +684,9 @@ class ClusterSection(Section):
         "answer counts",
     )
     silent_seconds: Positive = Field(
-        600.0, description="a worker that has not answered for so long is ended and replaced"
+        600.0,
+        description="a worker that has not answered for so long is ended and replaced; one that loads its models may "
+        "take four times as long",
     )
 
     @model_validator(mode="after")

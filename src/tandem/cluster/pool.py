@@ -16,6 +16,8 @@ from tandem.errors import RunError
 Task = TypeVar("Task", bound="Sized")
 Answer = TypeVar("Answer")
 LOSSES_ALLOWED = 3
+# A worker that loads its models may be silent for so many times as long as one that has a task.
+LOADING_PATIENCE = 4
 _LOOK_EVERY_SECONDS = 0.1
 
 
@@ -158,9 +160,12 @@ class Pool:
             self._take(call, jobs[answer])
         now = time.monotonic()
         for worker in self._workers:
-            if worker.job is not None and now - worker.job.since > self._patience.silent_seconds:
+            if worker.job is None:
+                continue
+            allowed = self._patience.silent_seconds * (LOADING_PATIENCE if worker.job.task is None else 1)
+            if now - worker.job.since > allowed:
                 ray().kill(worker.process)
-                self._lose(call, worker, f"no answer for {self._patience.silent_seconds:g} s")
+                self._lose(call, worker, f"no answer for {allowed:g} s")
 
     def _take(self, call: Call[Task], worker: Worker) -> None:
         job = worker.job
