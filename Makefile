@@ -10,8 +10,8 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench plan-check plan-curves screenshots test test-vllm \
-	lint format examples clean
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench plan-check \
+	plan-curves screenshots cluster-faults test test-vllm test-ray lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -45,6 +45,9 @@ study: .venv/ready ## PPO, A2C, DPO and best-of-n at equal KL, after make demo-s
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults
 
+cluster-faults: .venv-ray/ready ## kill each kind of process of runs over Ray: docs/results/cluster-faults.md
+	PYTHONPATH=benchmarks .venv-ray/bin/python -m faults.cluster
+
 fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
 	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)
 
@@ -67,6 +70,12 @@ bench: .venv/ready .venv-trl/ready ## speed against TRL 1.12 and transformers: d
 
 test: .venv/ready ## the test suite
 	$(BIN)/python -m pytest
+
+.venv-ray/ready: pyproject.toml constraints.txt scripts/install.sh
+	PYTHON=$(PYTHON) sh scripts/install.sh .venv-ray demo,dev,ray
+
+test-ray: .venv-ray/ready ## runs over real Ray processes, each kind of which is killed; in an environment of its own
+	.venv-ray/bin/python -m pytest -n 0 tests/test_ray.py
 
 .venv-vllm/ready: pyproject.toml constraints.txt scripts/install_vllm.sh
 	PYTHON=$(PYTHON) sh scripts/install_vllm.sh .venv-vllm

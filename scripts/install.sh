@@ -1,8 +1,9 @@
 #!/bin/sh
-# Make a virtual environment with Tandem in it: install.sh FOLDER
+# Make a virtual environment with Tandem in it: install.sh FOLDER [EXTRAS]
 # On Linux without an NVIDIA GPU it asks for the CPU build of torch by name, so CUDA packages never come along.
 set -eu
 folder=$1
+extras=${2:-demo,dev}
 python=${PYTHON:-python3}
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 
@@ -20,5 +21,5 @@ else
     $pip "torch==$torch"
 fi
 echo "installing Tandem and what it needs"
-$pip --constraint constraints.txt --editable '.[demo,dev]'
+$pip --constraint constraints.txt --editable ".[$extras]"
 touch "$folder/ready"

@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tandem"
 FOUNDATION = {"types", "errors", "config", "pipeline_config", "consistency", "recipe", "text", "world", "__init__"}
-MIDDLE = {"data", "models", "rollout", "rewards", "engine", "run", "health", "view", "plan"}
+MIDDLE = {"cluster", "data", "models", "rollout", "rewards", "engine", "run", "health", "view", "plan"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
@@ -66,9 +66,18 @@ def test_stages_do_not_know_the_command_line():
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_imports_stay_light(module):
-    code = f"import sys, {module}; print([m for m in ('transformers', 'datasets', 'peft', 'vllm') if m in sys.modules])"
+    heavy = ("transformers", "datasets", "peft", "vllm", "ray")
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["tandem.cluster.pool", "tandem.stages.over_ray"])
+def test_ray_is_imported_only_where_a_recipe_asks_for_it(module):
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print('ray' in sys.modules)"], capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "False", found.stderr
 
 
 def test_health_needs_no_torch():

@@ -16,6 +16,7 @@ _CLOCKED = (
     "time/",
     "throughput/",
     "memory/",
+    "cluster",
     "seconds",
     "peak_memory_gib",
     "health/memory_grows",
@@ -44,7 +45,7 @@ def _of_run(one: Path, other: Path, places: tuple[Path, Path]) -> Iterator[str]:
 
 
 def timeless(tree: Any) -> Any:
-    """What a run wrote, without what depends on the clock."""
+    """What a run wrote, without what depends on the clock, or on what befell its workers."""
     if isinstance(tree, dict):
         return {name: timeless(value) for name, value in tree.items() if not name.startswith(_CLOCKED)}
     if isinstance(tree, list):

@@ -251,9 +251,9 @@ def _stage_function(name: str) -> Callable[..., dict[str, Any]]:
         from tandem.stages.dpo import run_dpo
 
         return run_dpo
-    from tandem.stages.ppo import run_ppo
+    from tandem.stages.joint_run import run_joint
 
-    return run_ppo
+    return run_joint
 
 
 def _with_progress(work: Callable[[Progress], Any]) -> Any:
@@ -272,13 +272,9 @@ def _silent_console() -> Console:
 
 def quiet_libraries() -> None:
     """Bars and advice of the libraries below are not for the person who runs a command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
+    from tandem.run.quiet import quiet_libraries
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet_libraries()
 
 
 def _result(summary: dict[str, Any]) -> str:

@@ -653,6 +653,56 @@ class HealthSection(Section):
     silence: list[RuleName] = Field([], description="rules that are left out")
 
 
+class ClusterSection(Section):
+    """The processes of a joint run over a cluster (docs/cluster.md); a resource line is what one process takes."""
+
+    kind: Literal["ray"] = Field(description="what places them; --cluster ray in short, --cluster none for no cluster")
+    address: NonEmpty | None = Field(
+        None,
+        description="HOST:PORT of a Ray cluster, or auto for the one that this machine is part of; unset: one is "
+        "started on this machine and ends with the run",
+    )
+    trainer_cpus: Count = Field(1, description="CPUs of the trainer")
+    trainer_gpus: NonNegative = Field(0.0, description="GPUs of the trainer")
+    trainer_restarts: int = Field(
+        3, ge=0, description="how often in a row a trainer that died starts again without a new checkpoint between"
+    )
+    generators: Count = Field(1, description="processes that sample, each with a copy of the policy")
+    generator_cpus: Count = Field(1, description="CPUs of each generator")
+    generator_gpus: NonNegative = Field(0.0, description="GPUs of each generator; a share below 1 is allowed")
+    reward_workers: int = Field(
+        0, ge=0, description="processes that score, each with all rewards; 0: the trainer scores"
+    )
+    reward_cpus: Count = Field(1, description="CPUs of each reward worker")
+    reward_gpus: NonNegative = Field(0.0, description="GPUs of each reward worker; a share below 1 is allowed")
+    samples_per_task: Count = Field(
+        8, description="samples that are handed to a generator or reward worker together, and lost together if it dies"
+    )
+    late_after: Annotated[float, Field(ge=1)] = Field(
+        2.0,
+        description="a task that takes so many times the median of its step goes to an idle worker too; the first "
+        "answer counts",
+    )
+    silent_seconds: Positive = Field(
+        600.0,
+        description="a worker that has not answered for so long is ended and replaced; one that loads its models may "
+        "take four times as long",
+    )
+
+    @model_validator(mode="after")
+    def _meant(self) -> Self:
+        for name in ("trainer_gpus", "generator_gpus", "reward_gpus"):
+            gpus = getattr(self, name)
+            if gpus > 1 and gpus != int(gpus):
+                raise ValueError(f"{name} = {gpus:g}: above 1 it must be a whole number")
+        for name in ("reward_cpus", "reward_gpus"):
+            if self.reward_workers == 0 and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect here: it needs reward_workers; leave it out")
+        if max(self.generators, self.reward_workers) == 1 and self.late_after != 2.0:
+            raise ValueError("late_after has no effect here: there is no second worker; leave it out")
+        return self
+
+
 class PpoConfig(Section):
     """The joint stage: policy and value model trained together under a reward."""
 
@@ -681,6 +731,13 @@ class PpoConfig(Section):
     checkpoints: CheckpointSection = CheckpointSection()
     compute: ComputeSection = ComputeSection()
     parallel: ParallelSection = ParallelSection()
+    cluster: ClusterSection | None = Field(None, description="place the run's processes over a cluster")
+
+    @field_validator("cluster", mode="before")
+    @classmethod
+    def _on_this_machine(cls, given: Any) -> Any:
+        """`--cluster none` runs a recipe that has a cluster in one process here."""
+        return None if isinstance(given, dict) and given.get("kind") == "none" else given
 
     @property
     def importance_cap(self) -> float | None:

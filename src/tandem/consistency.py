@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.config import EvalConfig, ParallelSection, PpoConfig, RewardSource, Section
+    from tandem.config import ClusterSection, EvalConfig, ParallelSection, PpoConfig, RewardSource, Section
 
 # Whether it applies, the section and its name, the fields that it concerns, and why they have no effect.
 Idle = tuple[bool, "Section", str, list[str], str]
@@ -76,6 +76,38 @@ def impossible(config: PpoConfig) -> Iterator[str]:
         yield f"value.adaptive.max_epochs = {value.adaptive.max_epochs} is less than value.epochs = {value.epochs}"
     if value.adaptive is not None and value.adaptive.raise_below >= value.adaptive.lower_above:
         yield "value.adaptive.raise_below must be less than value.adaptive.lower_above"
+    if config.cluster is not None:
+        yield from _impossible_cluster(config, config.cluster)
+
+
+def _impossible_cluster(config: PpoConfig, cluster: ClusterSection) -> Iterator[str]:
+    """Resource lines that the rest of the recipe leaves no use for."""
+    if config.parallel.processes > 1:
+        yield f"parallel.processes = {config.parallel.processes}, and over a cluster one process trains; leave it out"
+    device = config.compute.device
+    gpus = {name: getattr(cluster, name) for name in ("trainer_gpus", "generator_gpus", "reward_gpus")}
+    for name, count in gpus.items():
+        if device == "cpu" and count > 0:
+            yield f'cluster.{name} has no effect with compute.device = "cpu"; leave it out, or leave the device to auto'
+    if device.startswith("cuda") and (device != "cuda" or cluster.trainer_gpus == 0):
+        yield (
+            f"compute.device = {device!r}, and with a cluster the resource lines say who has a GPU; leave it out and "
+            "set cluster.trainer_gpus"
+        )
+    samples = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    tasks = -(-samples // cluster.samples_per_task)
+    for name in ("generators", "reward_workers"):
+        if getattr(cluster, name) > tasks:
+            yield (
+                f"cluster.{name} = {getattr(cluster, name)}, and a step of {samples} samples makes {tasks} tasks of "
+                f"cluster.samples_per_task = {cluster.samples_per_task}, so some would never work; lower one of the two"
+            )
+    slowest = max((source.timeout_seconds for source in config.rewards if source.model is None), default=0.0)
+    if cluster.reward_workers and cluster.silent_seconds <= slowest:
+        yield (
+            f"cluster.silent_seconds = {cluster.silent_seconds:g} must be more than the rewards' timeout_seconds = "
+            f"{slowest:g}"
+        )
 
 
 def too_many_processes(parallel: ParallelSection, section: str, rows: int, kind: str) -> Iterator[str]:

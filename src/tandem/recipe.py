@@ -20,6 +20,8 @@ from tandem.errors import InputError
 from tandem.pipeline_config import PipelineConfig
 
 RECORD = "run.json"
+# Sections that can be given in one word, and the key that the word is the value of: `--cluster ray`.
+_IN_ONE_WORD = {"cluster": "kind"}
 
 StageConfig = TypeVar("StageConfig", SftConfig, RewardConfig, DpoConfig, PpoConfig, EvalConfig, PipelineConfig)
 
@@ -127,6 +129,8 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[list[str], Any]]:
         keys = name.replace("-", "_").split(".")
         if "" in keys:
             raise InputError(f"{_shown(word)} was not understood: its name has an empty part; --help lists every key.")
+        if keys[-1] in _IN_ONE_WORD:
+            keys.append(_IN_ONE_WORD[keys[-1]])
         yield keys, _toml_value(text)
 
 

@@ -29,6 +29,14 @@ TABLE = [
     ("sft", ["--kl.coefficient=0.1"], "kl = ", "not a known key"),
     ("sft", ["--adapters.r=8"], "adapters.r = 8", "not a known key"),
     ("sft", ["--zzz=8"], "zzz = 8", "--help lists every key"),
+    # A cluster.
+    ("ppo", ["--cluster=slurm"], "cluster.kind = 'slurm'", "'ray'"),
+    ("ppo", ["--cluster=ray", "--parallel.processes=2"], "over a cluster one process trains"),
+    ("ppo", ["--cluster=ray", "--cluster.generators=99"], "cluster.generators = 99", "some would never work"),
+    ("ppo", ["--cluster=ray", "--cluster.reward_cpus=2"], "needs reward_workers"),
+    ("ppo", ["--cluster=ray", "--cluster.trainer_gpus=1.5"], "trainer_gpus = 1.5", "whole number"),
+    ("ppo", ["--cluster=ray", "--cluster.generator_gpus=1", "--compute.device=cpu"], "generator_gpus has no effect"),
+    ("sft", ["--cluster=ray"], "cluster", "not a known key"),
     # Wrong types.
     ("ppo", ["--policy.lr=fast"], "policy.lr = 'fast'", "valid number"),
     ("ppo", ["--policy.lr=true"], "policy.lr = True", "valid number"),

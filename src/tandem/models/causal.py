@@ -121,6 +121,7 @@ class CausalPolicy:
             model = type(self._model)(self._model.config)
         model = model.to(device=self.device, dtype=self._model.dtype).eval().requires_grad_(False)
         model.load_state_dict(self.trunk.merged_state(self.adapter))
+        model.generation_config = self._model.generation_config
         return CausalPolicy(Trunk(model), self.rule)
 
     @torch.no_grad()

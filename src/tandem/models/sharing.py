@@ -125,7 +125,8 @@ def build_joint(
     return models, {source: load_reward(source, reward_key(config, source), placement) for source in sources}
 
 
-def _rule(config: PpoConfig) -> SamplingRule:
+def sampling_rule(config: PpoConfig) -> SamplingRule:
+    """What the policy samples under, and is trained under."""
     return SamplingRule(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
 
 
@@ -140,7 +141,7 @@ def _separate(
     def trunk() -> Trunk:
         return Trunk(placement.causal(config.policy.model, "policy.model"))
 
-    policy, reference = CausalPolicy(trunk(), _rule(config)), CausalPolicy(trunk(), _reference_rule(config))
+    policy, reference = CausalPolicy(trunk(), sampling_rule(config)), CausalPolicy(trunk(), _reference_rule(config))
     if config.value.start == "reward":
         check_same_tokenizer(sources[0], tokenizer, placement)
         start = _decoder_with_head(sources[0], reward_key(config, sources[0]), placement)
@@ -175,7 +176,7 @@ def _adapters(
     value_parameters = trunk.adapter_parameters("value")
     for parameter in [*policy_parameters, *value_parameters]:
         parameter.requires_grad_(True)
-    policy = CausalPolicy(trunk, _rule(config), adapter="policy")
+    policy = CausalPolicy(trunk, sampling_rule(config), adapter="policy")
     reference = CausalPolicy(trunk, _reference_rule(config))
     return JointModels(policy, reference, value, policy_parameters, value_parameters), rewards
 
@@ -192,7 +193,7 @@ def _head(
         rewards = {source: load_reward(source, reward_key(config, source), placement) for source in sources}
         adapter, parameters = None, list(trunk.model.requires_grad_(True).parameters())
         reference_trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
-    policy = CausalPolicy(trunk, _rule(config), adapter)
+    policy = CausalPolicy(trunk, sampling_rule(config), adapter)
     head = value_head(config.value, _unknowing_head(trunk, placement))
     value = ScalarModel(trunk, head, adapter, histogram_of(config.value))
     reference = CausalPolicy(reference_trunk, _reference_rule(config))

@@ -35,6 +35,11 @@ class NextToken(Protocol):
         ...
 
 
+def draw_uniform(count: int, max_new_tokens: int, random: torch.Generator) -> Tensor:
+    """The chance in so many responses: [count, max_new_tokens] float32, uniform in [0, 1), one number a token."""
+    return torch.rand(count, max_new_tokens, generator=random, device=random.device)
+
+
 class TorchGenerator:
     """Samples from a policy's weights as they are at the moment.
 
@@ -80,10 +85,14 @@ class TorchGenerator:
         """Let a `generate` in another thread end before its next token, by raising GivenUp."""
         self._stopping.ask()
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response for each prompt, in their order."""
-        uniform = torch.rand(len(prompts), self._max_new_tokens, generator=self._random, device=self._policy.device)
+        return self.answer(prompts, draw_uniform(len(prompts), self._max_new_tokens, self._random))
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[Prompt], uniform: Tensor) -> list[Rollout]:
+        """One response for each prompt, in their order, from their numbers as `draw_uniform` makes them."""
+        uniform = uniform.to(self._policy.device)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
         own: list[int] = order[world().rank :: world().size]
         answers: dict[int, Rollout] = {}

@@ -190,6 +190,11 @@ class VllmEngine:
             self._llm.wake_up(tags=[part])
 
 
+def draw_seeds(count: int, random: torch.Generator) -> Tensor:
+    """The chance in so many responses: a seed [count] int64 for each."""
+    return torch.randint(2**63 - 1, (count,), generator=random, device=random.device)
+
+
 class VllmGenerator:
     """Samples from the weights that were last sent to an engine, which generators with other random states can share.
 
@@ -232,9 +237,12 @@ class VllmGenerator:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response for each prompt, in their order."""
-        shape = (len(prompts),)
-        seeds = torch.randint(2**63 - 1, shape, generator=self._random, device=self._random.device).tolist()
-        answers = self._engine.generate([prompt.ids for prompt in prompts], seeds, self._stop_ids, self._stopping)
+        return self.answer(prompts, draw_seeds(len(prompts), self._random))
+
+    def answer(self, prompts: Sequence[Prompt], seeds: Tensor) -> list[Rollout]:
+        """One response for each prompt, in their order, from their seeds as `draw_seeds` makes them."""
+        ids = [prompt.ids for prompt in prompts]
+        answers = self._engine.generate(ids, seeds.tolist(), self._stop_ids, self._stopping)
         return [self._rollout(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def _rollout(self, prompt: Prompt, answer: Any) -> Rollout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,28 @@ from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
 
 
+class Workers(Protocol):
+    """Generators and reward workers as a joint run needs them."""
+
+    def generator(self, random: torch.Generator) -> Generator:
+        """One that samples from the weights that it is sent; `random` decides what."""
+        ...
+
+    def spread(self, terms: Mapping[str, Term]) -> dict[str, Term]:
+        """The same terms, scored by the workers where there are workers for that."""
+        ...
+
+    def begin_step(self, number: int) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        """What befell the workers since this was last asked."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What befell them over the whole run."""
+        ...
+
+
 @dataclass(frozen=True)
 class JointStage:
     """Everything that a joint run works with."""
@@ -51,6 +74,7 @@ class JointStage:
     sampling: torch.Generator
     random: torch.Generator
     recompute_logprobs: bool
+    workers: Workers | None
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -110,9 +134,12 @@ class JointStage:
         """One on the weights as they are, with a random state of its own, the same every time."""
         policy, tokenizer = self.models.policy, self.tokenizer
         random = torch.Generator(device=self.placement.device).manual_seed(config.run.seed + 1)
-        if self.engine is None:
+        if self.workers is not None:
+            generator: Generator = self.workers.generator(random)
+        elif self.engine is not None:
+            generator = VllmGenerator(self.engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
+        else:
             return make_generator(policy, tokenizer, config.rollout, random)
-        generator = VllmGenerator(self.engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
         send_weights(policy, generator, version=0)
         return generator
 
@@ -122,10 +149,16 @@ class JointStage:
         save_scalar(self.models.value, self.tokenizer, folder.path / "value_model")
 
 
-def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | None = None) -> JointStage:
+def build(
+    config: PpoConfig,
+    progress: Progress,
+    offsets: Mapping[str, float] | None = None,
+    workers: Workers | None = None,
+) -> JointStage:
     """Load data, models and reward. What can be refused early is looked at first.
 
-    `offsets` are those of the reward's terms, where they were found before.
+    `offsets` are those of the reward's terms, where they were found before; `workers` sample and score, where others
+    do that than this process.
     """
     functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
     if config.rollout.generator == "vllm":
@@ -143,8 +176,9 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
     check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
     sampling = torch.Generator(device=device).manual_seed(config.run.seed)
-    engine, generator = make_sampler(config, models.policy, tokenizer, [*prompts[0], *prompts[1]], sampling)
-    reward = WeightedSum(reward_terms(config.rewards, reward_models, functions, tokenizer))
+    engine, generator = make_sampler(config, models.policy, tokenizer, [*prompts[0], *prompts[1]], sampling, workers)
+    terms = reward_terms(config.rewards, reward_models, functions, tokenizer)
+    reward = WeightedSum(terms if workers is None else workers.spread(terms))
     if offsets is None:
         reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress)
     else:
@@ -163,6 +197,7 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
         sampling=sampling,
         random=torch.Generator().manual_seed(config.run.seed),
         recompute_logprobs=config.rollout.recompute_logprobs == "always" or config.rollout.off_policy,
+        workers=workers,
     )
 
 
@@ -172,13 +207,19 @@ def make_sampler(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     random: torch.Generator,
+    workers: Workers | None,
 ) -> tuple[VllmEngine | None, Generator]:
-    """What samples the responses of training, and the engine behind it, where that is vLLM's."""
+    """What samples the responses of training, and the engine behind it, where that is vLLM's in this process."""
+    if workers is not None:
+        return None, workers.generator(random)
     if config.rollout.generator == "vllm":
         longest = max(len(prompt.ids) for prompt in prompts) + config.rollout.max_new_tokens
         engine = make_engine(policy, config, longest)
         return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
-    return None, make_generator(policy, tokenizer, config.rollout, random, copies=config.rollout.staleness > 0)
+    if config.rollout.staleness:
+        copy = policy.own_copy()
+        return None, make_generator(copy, tokenizer, config.rollout, random, copy.load_weights)
+    return None, make_generator(policy, tokenizer, config.rollout, random)
 
 
 def reward_terms(

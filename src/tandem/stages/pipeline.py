@@ -28,8 +28,8 @@ from tandem.run.start import Changed, changed_settings, check_free
 from tandem.stages.answers import answers_by_stage
 from tandem.stages.dpo import run_dpo
 from tandem.stages.handover import Check, checks_after, checks_before
+from tandem.stages.joint_run import run_joint
 from tandem.stages.look_ahead import look_ahead, of_stage
-from tandem.stages.ppo import run_ppo
 from tandem.stages.reward import run_reward
 from tandem.stages.sft import run_sft
 from tandem.view import reported
@@ -39,7 +39,7 @@ _RUN: Mapping[str, Callable[..., dict[str, Any]]] = {
     "sft": run_sft,
     "reward": run_reward,
     "dpo": run_dpo,
-    "ppo": run_ppo,
+    "ppo": run_joint,
 }
 # Settings of how a stage is computed, watched and saved: what it learns is the same with others.
 _ANY_WILL_DO = (

@@ -28,7 +28,7 @@ from tandem.run.machine import machine_record, memory_in_use
 from tandem.run.memory import memory_limits, sampling_knobs, training_knobs
 from tandem.run.signals import Signals
 from tandem.stages.finite import check_scores
-from tandem.stages.joint_setup import JointStage, build
+from tandem.stages.joint_setup import JointStage, Workers, build
 from tandem.stages.joint_start import StartGaps, check_start
 from tandem.stages.sampling import Sampled, batches, meanwhile, repeat, send_weights
 from tandem.stages.saved_rollouts import (
@@ -80,8 +80,12 @@ class JointRun:
         return snapshot_of(self.stage, standing, self.folder.metrics_bytes, self.seconds)
 
 
-def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+def run_ppo(
+    config: PpoConfig, progress: Progress, *, resume: bool = False, workers: Workers | None = None
+) -> dict[str, Any]:
     """Train by the recipe, or go on with the run that its folder holds; save the models and return the summary.
+
+    `workers` sample and score where others do that than this process.
 
     Raises InputError for what cannot be used, RunError where the run cannot go on, Interrupted for SIGTERM.
     """
@@ -90,7 +94,7 @@ def run_ppo(config: PpoConfig, progress: Progress, *, resume: bool = False) -> d
         earlier = {} if start.snapshot is None else start.snapshot.state
         torch.manual_seed(config.run.seed)
         saved = read_saved(config) if start.snapshot is None else []
-        stage = build(config, progress, earlier.get("offsets"))
+        stage = build(config, progress, earlier.get("offsets"), workers)
         gaps = check_start(stage, config)
         standing = take_up(stage, config, start.snapshot) if start.snapshot else None
         with RunFolder(path, config, start) as folder, Signals(config.run.grace_seconds / 2) as signals:
@@ -148,13 +152,16 @@ def step(
     run: JointRun, standing: Standing, prompts: Sequence[Prompt], following: Sequence[Prompt]
 ) -> tuple[JointState, dict[str, float], Sampled | None]:
     """Sample, score, judge, learn: one joint step, the state after it, its metrics, and what was sampled ahead."""
-    clock, done = Clock(), standing.state.step
+    clock, done, workers = Clock(), standing.state.step, run.stage.workers
+    if workers is not None:
+        workers.begin_step(done + 1)
     sampled = standing.ahead or sample(run, done, prompts, clock)
     with sampled_ahead(run, standing.state, following, clock) as following_sampled:
         state, metrics = learn_from(run, standing, sampled.rollouts, clock)
         with clock("rollout"):
             ahead = following_sampled.result() if following_sampled else None
     metrics |= {"rollout/staleness": float(done - sampled.version)}
+    metrics |= {} if workers is None else workers.metrics()
     metrics |= clock.read(tokens=sum(len(rollout.ids) for rollout in sampled.rollouts))
     return *world().from_first(lambda: (state, metrics)), ahead
 
@@ -280,6 +287,7 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
         "warmup_steps": state.course.warmup_done,
         "seconds": run.seconds,
         **machine_record(stage.placement.device),
+        "cluster": None if stage.workers is None else stage.workers.summary(),
         "last_step": standing.row,
         "heldout": {"before": standing.begun["heldout"], "after": heldout_after},
         "value_pretraining": standing.begun["value_pretraining"],

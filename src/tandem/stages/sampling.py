@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from tandem.text import decoder
 from tandem.types import Prompt, Rollout
 
 T = TypeVar("T")
+Load = Callable[[Iterable[tuple[str, Tensor]]], None]
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,17 @@ def make_generator(
     tokenizer: PreTrainedTokenizerBase,
     rollout: SamplingSection,
     random: torch.Generator,
-    *,
-    copies: bool = False,
+    load: Load | None = None,
 ) -> TorchGenerator:
-    """One that samples from the policy itself, or from a copy of it, so that it can while the policy trains."""
-    sampler = policy.own_copy() if copies else policy
+    """One that samples from the policy itself; `load` renews its weights where it is a copy of the one that trains."""
     return TorchGenerator(
-        sampler,
+        policy,
         decoder(tokenizer),
         policy.stop_ids(tokenizer),
         max_new_tokens=rollout.max_new_tokens,
         sequences_per_batch=rollout.sequences_per_batch,
         random=random,
-        load=sampler.load_weights if copies else None,
+        load=load,
     )
 
 

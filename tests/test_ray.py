@@ -1,0 +1,229 @@
+"""Joint runs over real Ray processes: placed, killed, and the same in the end as runs that nobody touched."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+# Read when Ray is imported: keep to loopback, and want a token.
+os.environ |= {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+pytest.importorskip("ray", reason="Ray is not installed here; `make test-ray` has an environment with it")
+
+from faults.same import differences
+from tandem.cli import main
+from tandem.cluster.events import read_events
+from tandem.run.folder import read_metrics
+from test_commands import prompt_file, refused
+
+REWARD = """
+import os, pathlib, signal, time
+marker, calls = pathlib.Path({marker!r}), 0
+
+def reward(prompts, responses, rows):
+    global calls
+    calls += 1
+    if calls == {call} and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(response) % 7) for response in responses]
+"""
+SIZE = 2
+OVER_RAY = ["--cluster=ray", "--cluster.generators=2", f"--cluster.samples_per_task={SIZE}"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[str]:
+    """The address of a Ray cluster of 8 logical CPUs that listens on loopback alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--head", f"--port={port}", "--num-cpus=8", "--include-dashboard=false", "--block"]
+    ray = Path(sys.executable).with_name("ray")
+    with (tmp_path_factory.mktemp("ray") / "log").open("wb") as log:
+        head = subprocess.Popen([ray, "start", *words], stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 90
+        while not pids("ray::RuntimeEnvAgent") and head.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+        head.terminate()
+        head.wait(60)
+
+
+def words_of(tmp_path: Path, model: Path, folder: str, call: int = -1) -> list[str]:
+    """A joint run whose reward kills the process that it runs in, once, at a call (never where that is negative)."""
+    reward = tmp_path / f"reward_{folder}.py"
+    reward.write_text(REWARD.format(marker=str(tmp_path / f"killed_{folder}"), call=call))
+    words = [
+        f"--policy.model={model}",
+        f"--data.prompts={prompt_file(tmp_path)}",
+        f"--rewards.0.function={reward}:reward",
+    ]
+    words += ["--value.start=policy", "--steps=5", "--rollout.prompts_per_step=4", "--rollout.responses_per_prompt=2"]
+    words += ["--rollout.max_new_tokens=24", "--policy.lr=0.001", "--value.lr=0.001", "--checkpoints.every_steps=2"]
+    return [*words, "--run.trackers=[]", f"--run.directory={tmp_path / folder}"]
+
+
+@pytest.fixture(scope="module")
+def untouched(tiny, tmp_path_factory) -> Path:
+    """The run as it is in one process that nobody kills, on batches that are as large as tasks."""
+    folder = tmp_path_factory.mktemp("untouched")
+    assert main(["ppo", *words_of(folder, tiny(), "run"), f"--rollout.sequences_per_batch={SIZE}"]) == 0
+    return folder / "run"
+
+
+def kill_when_at(title: str, number: int, done: list[int]) -> threading.Thread:
+    """Send a signal to the first process of this title, as soon as there is one, from a thread."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while not done and time.monotonic() < deadline:
+            for pid in pids(title):
+                os.kill(pid, number)
+                done.append(pid)
+                break
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def pids(title: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(title.encode()):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def lost(run: Path, event: str) -> Sequence[Mapping[str, object]]:
+    return [one for one in read_events(run) if one["event"] == event]
+
+
+def test_a_run_over_ray_is_the_run_in_one_process(cluster, tiny, tmp_path, untouched):
+    words = [
+        *words_of(tmp_path, tiny(), "run"),
+        *OVER_RAY,
+        f"--cluster.address={cluster}",
+        "--cluster.reward_workers=2",
+    ]
+    assert main(["ppo", *words]) == 0
+    assert differences(tmp_path / "run", untouched) == []
+    assert read_events(tmp_path / "run") == []
+    row = read_metrics(tmp_path / "run")[-1]
+    assert (row["cluster/generators"], row["cluster/reward_workers"], row["cluster/lost_samples"]) == (2, 2, 0)
+
+
+def test_a_killed_generator_costs_its_task_alone(cluster, tiny, tmp_path, untouched, capsys):
+    words = [*words_of(tmp_path, tiny(), "run"), *OVER_RAY, f"--cluster.address={cluster}"]
+    done: list[int] = []
+    watching = kill_when_at("ray::GeneratorWorker.answer", signal.SIGKILL, done)
+    assert main(["ppo", *words]) == 0
+    watching.join()
+    assert done
+    assert differences(tmp_path / "run", untouched) == []
+    (event,) = lost(tmp_path / "run", "worker lost")
+    assert event["pool"] == "generator"
+    assert event["lost_samples"] <= SIZE
+    assert f"generator {event['worker']} was lost" in capsys.readouterr().out
+
+
+def test_a_generator_that_hangs_has_its_task_done_by_another(cluster, tiny, tmp_path, untouched):
+    words = [*words_of(tmp_path, tiny(), "run"), *OVER_RAY, f"--cluster.address={cluster}"]
+    done: list[int] = []
+    watching = kill_when_at("ray::GeneratorWorker.answer", signal.SIGSTOP, done)
+    assert main(["ppo", *words, "--cluster.silent_seconds=300"]) == 0
+    watching.join()
+    assert done
+    assert differences(tmp_path / "run", untouched) == []
+    assert [event["pool"] for event in lost(tmp_path / "run", "given twice")] == ["generator"]
+    assert lost(tmp_path / "run", "worker lost") == []
+
+
+def test_the_only_generator_that_hangs_is_ended_and_replaced(cluster, tiny, tmp_path, untouched):
+    words = [*words_of(tmp_path, tiny(), "run"), *OVER_RAY, f"--cluster.address={cluster}", "--cluster.generators=1"]
+    done: list[int] = []
+    watching = kill_when_at("ray::GeneratorWorker.answer", signal.SIGSTOP, done)
+    assert main(["ppo", *words, "--cluster.silent_seconds=30"]) == 0
+    watching.join()
+    assert done
+    assert differences(tmp_path / "run", untouched) == []
+    assert [event["reason"] for event in lost(tmp_path / "run", "worker lost")] == ["no answer for 30 s"]
+
+
+def test_sampling_one_update_behind_is_the_same_over_a_cluster(cluster, tiny, tmp_path):
+    behind = ["--rollout.staleness=1", f"--rollout.sequences_per_batch={SIZE}"]
+    assert main(["ppo", *words_of(tmp_path, tiny(), "here"), *behind]) == 0
+    words = [*words_of(tmp_path, tiny(), "there"), *behind, *OVER_RAY, f"--cluster.address={cluster}"]
+    assert main(["ppo", *words]) == 0
+    assert differences(tmp_path / "here", tmp_path / "there") == []
+
+
+def test_a_killed_reward_worker_costs_its_task_alone(cluster, tiny, tmp_path, untouched):
+    words = [*words_of(tmp_path, tiny(), "run", call=5), *OVER_RAY, f"--cluster.address={cluster}"]
+    assert main(["ppo", *words, "--cluster.reward_workers=2"]) == 0
+    assert differences(tmp_path / "run", untouched) == []
+    events = lost(tmp_path / "run", "worker lost")
+    assert [(event["pool"], event["lost_samples"]) for event in events] == [("reward worker", SIZE)]
+
+
+def test_a_killed_trainer_goes_on_from_its_last_checkpoint(cluster, tiny, tmp_path, untouched):
+    """It dies by its reward, in the fourth step; the third is done again."""
+    words = [*words_of(tmp_path, tiny(), "run", call=5), *OVER_RAY, f"--cluster.address={cluster}"]
+    assert main(["ppo", *words]) == 0
+    assert [event["goes_on_after_step"] for event in lost(tmp_path / "run", "trainer lost")] == [2]
+    assert differences(tmp_path / "run", untouched) == []
+
+
+def test_a_trainer_that_always_dies_is_given_up(cluster, tiny, tmp_path, capsys):
+    words = [*words_of(tmp_path, tiny(), "run", call=1), *OVER_RAY, f"--cluster.address={cluster}"]
+    assert main(["ppo", *words, "--cluster.trainer_restarts=0"]) == 1
+    assert "the trainer died 1 times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_command_that_is_ended_goes_on_exactly(cluster, tiny, tmp_path, untouched, number):
+    run = tmp_path / "run"
+    words = [
+        *words_of(tmp_path, tiny(), "run"),
+        *OVER_RAY,
+        f"--cluster.address={cluster}",
+        "--cluster.reward_workers=2",
+    ]
+    command = subprocess.Popen([sys.executable, "-m", "tandem", "ppo", *words], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(run.glob("checkpoints/step_*")):
+        time.sleep(0.005)
+    command.send_signal(number)
+    said = command.communicate(timeout=60)[1].decode()
+    if number == signal.SIGTERM:
+        assert command.returncode == 130, said
+    while pids("ray::Trainer") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert main(["ppo", "--resume", str(run)]) == 0
+    assert differences(run, untouched) == []
+
+
+def test_what_the_cluster_has_not_is_refused(cluster, tiny, tmp_path, capsys):
+    words = [*words_of(tmp_path, tiny(), "run"), *OVER_RAY, f"--cluster.address={cluster}"]
+    said = refused(capsys, ["ppo", *words, "--cluster.generator_cpus=5"])
+    assert "11 CPUs" in said
+    assert not (tmp_path / "run").exists()
