@@ -1,6 +1,8 @@
 """The whole table of exact oracles on several seeds: docs/results/oracles.md, .json and .png.
 
-usage: python -m oracles [SEEDS]
+usage: python -m oracles [SEEDS | missing]
+
+`missing` measures only the rows that the table has not yet, on its seeds.
 """
 
 from __future__ import annotations
@@ -92,7 +94,16 @@ def run_dpo(job: tuple[int, int]) -> dict[str, float]:
     return {"pairs": pairs, "seed": seed, "gap": train_dpo(tree(seed=0), pairs, seed)}
 
 
-def main(seeds: int) -> int:
+def measured(jobs: list[tuple[str, int]], pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
+    """Rows of the table, told of as they come."""
+    found = []
+    for number, row in enumerate(pool.map(run_row, jobs), start=1):
+        found.append(row)
+        print(f"{number}/{len(jobs)}  {row['name']}: {row['gap']:.4f}  ({row['seconds']:.0f} s)", flush=True)
+    return found
+
+
+def everything_on(seeds: int) -> dict[str, Any]:
     jobs = [(name, seed) for seed in range(seeds) for name in ROWS]
     with ProcessPoolExecutor(max_workers=2) as pool:
         by_transformer = list(pool.map(run_transformer, [*((3, seed) for seed in range(seeds)), (5, 0)]))
@@ -100,11 +111,8 @@ def main(seeds: int) -> int:
         fits = list(pool.map(run_fit, [(pairs, seed) for pairs in PAIRS for seed in range(seeds)]))
         by_dpo = list(pool.map(run_dpo, [(pairs, seed) for pairs in PAIRS for seed in range(seeds)]))
         studies = list(pool.map(run_study, STUDIED))
-        found = []
-        for number, row in enumerate(pool.map(run_row, jobs), start=1):
-            found.append(row)
-            print(f"{number}/{len(jobs)}  {row['name']}: {row['gap']:.4f}  ({row['seconds']:.0f} s)", flush=True)
-    everything = {
+        found = measured(jobs, pool)
+    return {
         "rows": found,
         "fits": fits,
         "dpo": by_dpo,
@@ -112,8 +120,26 @@ def main(seeds: int) -> int:
         "transformer": by_transformer,
         "exact_gradient": {"steps": EXACT_STEPS, "gap_by_horizon": exactly},
     }
+
+
+def with_missing_rows(everything: dict[str, Any]) -> dict[str, Any]:
+    """The same with the rows that it lacks, in the table's order; rows that the table has no more are left out."""
+    there = {(row["name"], row["seed"]): row for row in everything["rows"]}
+    jobs = [(name, seed) for seed in sorted({seed for _, seed in there}) for name in ROWS]
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        added = measured([job for job in jobs if job not in there], pool)
+    there |= {(row["name"], row["seed"]): row for row in added}
+    return everything | {"rows": [there[job] for job in jobs]}
+
+
+def main(asked: str) -> int:
+    kept = RESULTS / "oracles.json"
+    if asked == "missing":
+        everything = with_missing_rows(json.loads(kept.read_text(encoding="utf-8")))
+    else:
+        everything = everything_on(int(asked))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "oracles.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     text, failures = page(everything, ROWS)
     (RESULTS / "oracles.md").write_text(text, encoding="utf-8")
     plot(everything, RESULTS / "oracles.png")
@@ -123,4 +149,4 @@ def main(seeds: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 3))
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "3"))
