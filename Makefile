@@ -81,7 +81,8 @@ test-ray: .venv-ray/ready ## runs over real Ray processes, each kind of which is
 	PYTHON=$(PYTHON) sh scripts/install_vllm.sh .venv-vllm
 
 test-vllm: .venv-vllm/ready ## the tests of the vLLM generator, in an environment with vLLM (3.4 GB) that it makes itself
-	.venv-vllm/bin/python -m pytest -n 0 tests/test_generator.py tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -n 0 tests/test_generator.py
+	.venv-vllm/bin/python -m pytest -n 0 tests/test_vllm.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check .
