@@ -1,4 +1,4 @@
-"""What the recipe of a joint run or of an evaluation cannot say together, and what it says in vain."""
+"""What a recipe cannot say together, and what it says in vain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.config import EvalConfig, ParallelSection, PpoConfig, RewardSource, Section
+    from tandem.config import (
+        DpoConfig,
+        EvalConfig,
+        ParallelSection,
+        PpoConfig,
+        RewardConfig,
+        RewardSource,
+        Section,
+        SftConfig,
+    )
 
 # Whether it applies, the section and its name, the fields that it concerns, and why they have no effect.
 Idle = tuple[bool, "Section", str, list[str], str]
@@ -76,6 +85,17 @@ def impossible(config: PpoConfig) -> Iterator[str]:
         yield f"value.adaptive.max_epochs = {value.adaptive.max_epochs} is less than value.epochs = {value.epochs}"
     if value.adaptive is not None and value.adaptive.raise_below >= value.adaptive.lower_above:
         yield "value.adaptive.raise_below must be less than value.adaptive.lower_above"
+
+
+def impossible_length(config: SftConfig | RewardConfig | DpoConfig) -> Iterator[str]:
+    """How long to train is said by epochs or by steps; of a stream nobody knows the rows beforehand."""
+    if config.steps is not None and config.epochs != type(config).model_fields["epochs"].default:
+        yield "epochs has no effect here: steps says how long to train; leave one of them out"
+    if config.data.streaming and config.steps is None:
+        yield (
+            "with data.streaming the rows are not counted before they train, so epochs has no meaning; set steps "
+            "(passes * rows / rows of a minibatch)"
+        )
 
 
 def too_many_processes(parallel: ParallelSection, section: str, rows: int, kind: str) -> Iterator[str]:

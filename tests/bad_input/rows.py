@@ -243,7 +243,8 @@ SETTINGS = [
         "ppo",
         [{"prompt": "the sea " * 9}] * 2,
         ["--data.max_prompt_tokens=2", "--data.too_long=drop"],
-        "every prompt is longer than data.max_prompt_tokens = 2",
+        "no row is left",
+        "longer than data.max_prompt_tokens = 2",
         "raise it",
     ),
     (
@@ -310,7 +311,7 @@ SETTINGS = [
         "sft",
         [{"text": "the sea " * 200}] * 2,
         ["--data.max_tokens=9999"],
-        "the longest sequence has",
+        "sequences have up to",
         "model reads 256",
         "lower data.max_tokens",
     ),
@@ -319,7 +320,7 @@ SETTINGS = [
         "ppo",
         [{"prompt": "the sea"}] * 2,
         ["--rollout.max_new_tokens=255"],
-        "the longest prompt has",
+        "prompts have up to",
         "the 256 that policy.model reads",
     ),
     (
