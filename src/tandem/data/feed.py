@@ -30,8 +30,12 @@ class Feed(Protocol[Item_co]):
     def batches(self, size: int, done: int = 0, place: Place = None) -> Iterator[tuple[Sequence[Item_co], Place]]:
         """Minibatches for ever, each with the place after it, once so many are done, which led to the place.
 
-        A minibatch may span two passes. Raises InputError where the place is one of a feed of another kind.
+        A minibatch may span two passes. Raises InputError for rows that cannot be used and were not read before.
         """
+        ...
+
+    def check(self, done: int, place: Place) -> None:
+        """Raises InputError where a run came to the place by another order than this feed's."""
         ...
 
     def facts(self, place: Place) -> Mapping[str, Any]:
@@ -58,9 +62,11 @@ class InMemory(Generic[Item]):
     def count(self) -> int:
         return len(self.items)
 
-    def batches(self, size: int, done: int = 0, place: Place = None) -> Iterator[tuple[list[Item], Place]]:
+    def check(self, done: int, place: Place) -> None:  # noqa: ARG002
         if place is not None:
             raise InputError("the run was begun with data.streaming = true; go on with it as it was.")
+
+    def batches(self, size: int, done: int = 0, place: Place = None) -> Iterator[tuple[list[Item], Place]]:  # noqa: ARG002
         items = islice(self.order(), done * size, None)
         while True:
             yield list(islice(items, size)), None

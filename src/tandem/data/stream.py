@@ -70,21 +70,24 @@ class Streamed(Generic[Item]):
     def count(self) -> None:
         """Nobody has counted them."""
 
-    def batches(self, size: int, done: int = 0, place: Place = None) -> Iterator[tuple[list[Item], Place]]:
+    def check(self, done: int, place: Place) -> None:
         if done and place is None:
             raise InputError("the run was begun with data.streaming = false; go on with it as it was.")
-        cursor = Cursor(self.buffer_rows) if place is None else Cursor.restored(place)
+        cursor = self._cursor(place)
         if cursor.buffer_rows != self.buffer_rows:
             raise InputError(
                 f"data.buffer_rows = {self.buffer_rows}, and the run was begun with {cursor.buffer_rows}, which decides"
                 " what is held out and in which order rows come; go on with it as it was."
             )
+
+    def batches(self, size: int, done: int = 0, place: Place = None) -> Iterator[tuple[list[Item], Place]]:  # noqa: ARG002
+        cursor = self._cursor(place)
         items = self._items(cursor)
         while True:
             yield list(islice(items, size)), cursor.place()
 
     def facts(self, place: Place) -> Mapping[str, Any]:
-        cursor = Cursor(self.buffer_rows) if place is None else Cursor.restored(place)
+        cursor = self._cursor(place)
         return {"stream": {"passes": cursor.passes, **cursor.counts}}
 
     def notes(self, place: Place) -> Sequence[str]:
@@ -93,6 +96,9 @@ class Streamed(Generic[Item]):
         counts, key = place["counts"], self.source.key
         whole = f"{key}: {counts['used']} rows were trained on, in {place['passes']} whole passes and a part of one."
         return [whole, *notes_on(counts, self.maker.limit, f"{key}: ")]
+
+    def _cursor(self, place: Place) -> Cursor:
+        return Cursor(self.buffer_rows) if place is None else Cursor.restored(place)
 
     def _items(self, cursor: Cursor) -> Iterator[Item]:
         """Items from where the cursor stands, which goes along. Raises InputError where a pass gives none."""

@@ -210,9 +210,10 @@ def begin(training: Training[Item]) -> Standing:
 def take_up(lesson: Lesson[Item], snapshot: Snapshot) -> Standing:
     """Bring a model that was just loaded to where the snapshot was taken.
 
-    Raises InputError for another model's snapshot, or one of more steps than are planned.
+    Raises InputError for another model's snapshot, one of more steps than are planned, or one of data in another order.
     """
     state = snapshot.state
+    lesson.feed.check(snapshot.step, state.get("data"))
     check_planned(snapshot.step, lesson.steps, lesson.planned_by)
     lesson.engine.load_state(snapshot.under("model"))
     restore_random(snapshot.under("process"), state["random"])

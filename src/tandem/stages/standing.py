@@ -65,9 +65,11 @@ def snapshot_of(stage: JointStage, standing: Standing, metrics_bytes: int, secon
 def take_up(stage: JointStage, config: PpoConfig, snapshot: Snapshot) -> Standing:
     """Bring a run that was just put together to where the snapshot was taken.
 
-    Raises InputError where the recipe is of other models, or plans fewer steps than are done.
+    Raises InputError where the recipe is of other models or of prompts in another order, or plans fewer steps than are
+    done.
     """
     state = snapshot.state
+    stage.prompts.check(snapshot.step, state.get("data"))
     check_planned(state["state"]["course"]["done"], config.steps, "steps")
     for name, engine in stage.engines.items():
         engine.load_state(snapshot.under(name))
