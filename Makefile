@@ -10,7 +10,7 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench screenshots test test-vllm \
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz streaming bench screenshots test test-vllm \
 	lint format examples clean
 
 help: ## list the targets
@@ -47,6 +47,9 @@ faults: .venv/ready ## end real runs in every known way and see what is lost: do
 
 fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
 	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)
+
+streaming: .venv/ready ## memory and start-up against the size of the data: docs/results/streaming.md (two minutes)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/streaming.py docs
 
 screenshots: .venv/ready ## the pictures of docs/viewing.md, after make demo
 	$(BIN)/python benchmarks/screenshots.py runs/demo/ppo

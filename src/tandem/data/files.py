@@ -128,21 +128,30 @@ class _FileReader(Reader):
 
 def _not_text(path: Path) -> str:
     """Where a file ceases to be UTF-8, and what it may be."""
+    if (other := _other_kind(path)) is not None:
+        return other
     with path.open("rb") as content:
-        first = content.read(16)
-        for start, kind in _OTHER_KINDS.items():
-            if first.startswith(start):
-                return f"{path}: is not UTF-8 text; it begins as {kind}."
-        content.seek(0)
         for number, line in enumerate(content, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                found = line[error.start : error.start + 1].hex()
-                return (
-                    f"{path}, line {number}: is not UTF-8 text (byte {error.start} is {found}); save the file as UTF-8."
-                )
+            if (problem := _not_utf8(line)) is not None:
+                return f"{path}, line {number}: {problem}"
     return f"{path}: holds text that is not UTF-8; save it as UTF-8."
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is that begins as no text does."""
+    with path.open("rb") as content:
+        first = content.read(max(map(len, _OTHER_KINDS)))
+    kind = next((kind for start, kind in _OTHER_KINDS.items() if first.startswith(start)), None)
+    return None if kind is None else f"{path}: is not UTF-8 text; it begins as {kind}."
+
+
+def _not_utf8(line: bytes) -> str | None:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = line[error.start : error.start + 1].hex()
+        return f"is not UTF-8 text (byte {error.start} is {found}); save the file as UTF-8."
+    return None
 
 
 class _Jsonl(_FileReader):
@@ -150,7 +159,10 @@ class _Jsonl(_FileReader):
 
     def __init__(self, path: Path, mark: Mark) -> None:
         super().__init__(path)
-        self._lines, self._number = path.open(encoding="utf-8-sig"), 0
+        if (other := _other_kind(path)) is not None:
+            raise InputError(other)
+        # Bytes that are no text are kept as such, so that they spoil one line and not all that follow.
+        self._lines, self._number = path.open(encoding="utf-8-sig", errors="surrogateescape"), 0
         if mark is not None:
             self._number, place = mark
             self._lines.seek(place)
@@ -161,6 +173,10 @@ class _Jsonl(_FileReader):
             self._number += 1
             if line.strip():
                 place = f"{self._path}, line {self._number}"
+                if (
+                    problem := None if line.isascii() else _not_utf8(line.encode("utf-8", "surrogateescape"))
+                ) is not None:
+                    raise BadRowError(f"{place}: {problem}")
                 whole = self._number == 1 and line.lstrip().startswith("[")
                 hint = " If the file is one list of rows, let its name end in .json." if whole else ""
                 return _object(_json(line, place, hint), place, hint)
@@ -303,9 +319,10 @@ class _Parquet(_FileReader):
         ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
         first = bisect_right(ends, number)
         before = ends[first - 1] if first else 0
-        groups = list(range(first, len(ends)))
-        # Nothing is read ahead, so that no more than a row group is in memory.
-        batches = self._file.iter_batches(_ROWS_AT_A_TIME, groups) if groups else iter(())
+        # Asked for all groups at once, pyarrow keeps what it has read of the earlier ones.
+        batches = (
+            batch for group in range(first, len(ends)) for batch in self._file.iter_batches(_ROWS_AT_A_TIME, [group])
+        )
         return islice((row for batch in batches for row in batch.to_pylist()), number - before, None)
 
     @contextmanager
