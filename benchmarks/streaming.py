@@ -2,8 +2,8 @@
 
 usage: python benchmarks/streaming.py DOCS
 
-Each run is a process of its own: three steps of SFT on a tiny model. Processor time is told beside the clock's, since
-other work on the machine does not move it.
+Each run is a process of its own: three steps of SFT on a tiny model. The page tells processor time, which other work on
+the machine moves little.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def resident() -> float:
 
 
 def run_once(model: str, path: str, words: list[str]) -> dict[str, float]:
-    """In a process of its own: seconds by both clocks and MiB that three steps took, beyond what was imported."""
+    """In a process of its own: seconds by both clocks and MiB that three steps took, beyond the imports."""
     import tandem.stages.sft  # noqa: F401
 
     before, wall, processor = resident(), time.perf_counter(), time.process_time()
@@ -148,7 +148,7 @@ def measure() -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     runs = [
         f"| {run['kind']} | {run['mebibytes_of_text']} MiB | {run['way']} | {run['processor_seconds']:.1f} | "
-        f"{run['seconds']:.1f} | {run['mebibytes']:.0f} MiB |"
+        f"{run['mebibytes']:.0f} MiB |"
         for run in found["runs"]
     ]
     walks = [
@@ -168,8 +168,8 @@ def page(found: dict[str, Any]) -> str:
         "measures the model on it before and after; the file in memory, where every row is tokenised, holds out a "
         "thousandth.",
         "",
-        "| file | its text | way | processor s | clock s | peak memory |",
-        "|---|---:|---|---:|---:|---:|",
+        "| file | its text | way | processor s | peak memory |",
+        "|---|---:|---|---:|---:|",
         *runs,
         "",
         f"## All {found['rows']:,} rows of the largest file, once through the stream",

@@ -173,9 +173,7 @@ class _Jsonl(_FileReader):
             self._number += 1
             if line.strip():
                 place = f"{self._path}, line {self._number}"
-                if (
-                    problem := None if line.isascii() else _not_utf8(line.encode("utf-8", "surrogateescape"))
-                ) is not None:
+                if (problem := _not_utf8(line.encode("utf-8", "surrogateescape"))) is not None:
                     raise BadRowError(f"{place}: {problem}")
                 whole = self._number == 1 and line.lstrip().startswith("[")
                 hint = " If the file is one list of rows, let its name end in .json." if whole else ""
