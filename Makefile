@@ -10,7 +10,7 @@ CASES ?= 2000
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz bench plan-check \
+.PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz streaming bench plan-check \
 	plan-curves screenshots cluster-faults test test-vllm test-ray lint format examples clean
 
 help: ## list the targets
@@ -56,6 +56,9 @@ plan-check: .venv/ready ## the planner against real joint steps on this machine:
 
 plan-curves: .venv/ready ## 1B to 70B on 1 to 1,024 GPUs, planned: docs/results/scaling.md
 	PYTHONPATH=benchmarks $(BIN)/python -m plan_check.curves
+
+streaming: .venv/ready ## memory and start-up against the size of the data: docs/results/streaming.md (two minutes)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/streaming.py docs
 
 screenshots: .venv/ready ## the pictures of docs/viewing.md, after make demo
 	$(BIN)/python benchmarks/screenshots.py runs/demo/ppo

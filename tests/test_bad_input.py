@@ -62,14 +62,13 @@ GOOD_FILES = {
 
 @pytest.mark.parametrize("name", GOOD_FILES)
 def test_what_only_looks_bad_is_read(name: str, tmp_path: Path):
-    from tandem.data.prompts import PromptLimits, read_prompts
+    from tandem.config import PromptsSection
+    from tandem.data.prompts import read_prompts
     from tiny import make_tokenizer
 
     file, content = GOOD_FILES[name]
     (tmp_path / file).write_bytes(content)
-    limits = PromptLimits(100, "refuse")
-    prompts, _ = read_prompts(str(tmp_path / file), "data.prompts", "train", {}, make_tokenizer(), limits)
-    assert prompts
+    assert read_prompts(PromptsSection(prompts=str(tmp_path / file)), make_tokenizer(), Counter())
 
 
 def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import islice
 
 import pyarrow
@@ -11,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.config import RowsSection
+from tandem.config import PromptsSection, RowsSection
 from tandem.data.examples import as_read, as_written, read_examples, read_pairs
-from tandem.data.prompts import PromptLimits, prompt_batches, read_prompts
-from tandem.data.rows import hold_out, read_rows
+from tandem.data.prompts import read_prompts, split_prompts
+from tandem.data.rows import Source, hold_out, read_rows
 from tandem.errors import InputError
 from tiny import make_tokenizer
 
@@ -30,7 +31,9 @@ def write(path, rows):
 
 
 def prompts(source, tokenizer=TOKENIZER, longest=100, too_long="refuse", columns=None):
-    return read_prompts(source, "data.prompts", "train", columns or {}, tokenizer, PromptLimits(longest, too_long))
+    data = PromptsSection(prompts=source, columns=columns or {}, max_prompt_tokens=longest, too_long=too_long)
+    counts = Counter()
+    return read_prompts(data, tokenizer, counts), counts["dropped"]
 
 
 def examples(path, rows, tokenizer=TOKENIZER, **options):
@@ -50,7 +53,7 @@ def test_every_file_kind_gives_the_same_rows(tmp_path):
     (tmp_path / "a.csv").write_text('prompt\n"the film, was"\n"a ""good"" story"\n')
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
-        found = read_rows(str(tmp_path / f"a.{kind}"), "data.train", "train", {})
+        found = read_rows(Source(str(tmp_path / f"a.{kind}"), "data.train", "train", {}))
         assert [dict(row.columns) for row in found] == rows
 
 
@@ -70,26 +73,27 @@ def test_columns_can_be_renamed(tmp_path):
 
 
 def test_prompt_batches_see_every_prompt_before_any_twice(tmp_path):
-    found, _ = prompts(write(tmp_path / "p.jsonl", [{"prompt": f"film {n}"} for n in range(5)]))
-    taken = [prompt.text for batch in islice(prompt_batches(found, 2, seed=0), 5) for prompt in batch]
-    assert sorted(taken[:5]) == sorted(taken[5:]) == sorted(prompt.text for prompt in found)
+    source = write(tmp_path / "p.jsonl", [{"prompt": f"film {n}"} for n in range(5)])
+    feed = split_prompts(PromptsSection(prompts=source), TOKENIZER, seed=0).train
+    taken = [prompt.text for batch, _ in islice(feed.batches(2), 5) for prompt in batch]
+    assert sorted(taken[:5]) == sorted(taken[5:]) == sorted(prompt.text for prompt in feed.sample)
     assert taken[:5] != taken[5:]
 
 
 def test_of_a_text_every_token_is_taught(tmp_path):
-    (example,) = examples(tmp_path / "s.jsonl", [{"text": "a good story"}]).train
+    (example,) = examples(tmp_path / "s.jsonl", [{"text": "a good story"}]).train.sample
     assert TOKENIZER.decode(example.ids) == "<s>a good story</s>"
     assert example.taught == (False, *[True] * (len(example.ids) - 1))
 
 
 def test_of_a_completion_only_the_answer_is_taught(tmp_path):
-    (example,) = examples(tmp_path / "s.jsonl", [{"prompt": "the film", "completion": " was slow"}]).train
+    (example,) = examples(tmp_path / "s.jsonl", [{"prompt": "the film", "completion": " was slow"}]).train.sample
     taught = [token for token, is_taught in zip(example.ids, example.taught, strict=True) if is_taught]
     assert TOKENIZER.decode(taught) == " was slow</s>"
 
 
 def test_of_a_conversation_every_turn_of_the_assistant_is_taught(tmp_path):
-    (example,) = examples(tmp_path / "s.jsonl", [{"messages": [USER, SAYS, USER, WRONG]}]).train
+    (example,) = examples(tmp_path / "s.jsonl", [{"messages": [USER, SAYS, USER, WRONG]}]).train.sample
     taught = [token for token, is_taught in zip(example.ids, example.taught, strict=True) if is_taught]
     assert TOKENIZER.decode(taught) == "a good story</s>a bad one</s>"
     assert TOKENIZER.decode(example.ids).count("<|user|>what is two?</s>") == 2
@@ -107,7 +111,7 @@ def test_of_a_conversation_every_turn_of_the_assistant_is_taught(tmp_path):
     ],
 )
 def test_preferences_in_every_convention(tmp_path, row):
-    (pair,) = pairs(tmp_path / "p.jsonl", [row]).train
+    (pair,) = pairs(tmp_path / "p.jsonl", [row]).train.sample
     chosen, rejected = TOKENIZER.decode(pair.chosen.ids), TOKENIZER.decode(pair.rejected.ids)
     assert "good" in chosen
     assert "bad" in rejected
@@ -118,22 +122,22 @@ def test_preferences_in_every_convention(tmp_path, row):
 def test_long_pairs_lose_the_left_of_their_prompt(tmp_path):
     row = {"prompt": "the film was slow " * 20, "chosen": "good", "rejected": "bad"}
     split = pairs(tmp_path / "p.jsonl", [row], max_tokens=10, too_long="truncate")
-    assert split.truncated == 1
-    assert len(split.train[0].chosen.ids) == 10
-    assert TOKENIZER.decode(split.train[0].chosen.ids).endswith("good")
+    assert split.counts["truncated"] == 1
+    assert len(split.train.sample[0].chosen.ids) == 10
+    assert TOKENIZER.decode(split.train.sample[0].chosen.ids).endswith("good")
 
 
 def test_bad_rows_are_dropped_only_where_asked_for_and_are_counted(tmp_path):
     rows = [{"prompt": "a", "chosen": "b", "rejected": other} for other in ("b", "", "c")]
     split = pairs(tmp_path / "p.jsonl", rows, bad_rows="drop")
-    assert (split.bad, len(split.train)) == (2, 1)
-    assert split.report() == ["2 rows could not be used and were dropped (data.bad_rows)."]
+    assert (split.counts["bad"], split.train.count) == (2, 1)
+    assert split.notes == ["2 rows could not be used and were dropped (data.bad_rows)."]
 
 
 def test_dropped_rows_are_counted(tmp_path):
     rows = [{"text": "a"}, {"text": "the film was slow " * 20}]
     split = examples(tmp_path / "s.jsonl", rows, max_tokens=10, too_long="drop")
-    assert (split.dropped, len(split.train)) == (1, 1)
+    assert (split.counts["dropped"], split.train.count) == (1, 1)
 
 
 BAD_FILES = [
@@ -179,7 +183,7 @@ def test_long_prompts_are_refused_or_dropped(tmp_path):
     with pytest.raises(InputError, match=r"line 2: the prompt has \d+ tokens"):
         prompts(source, longest=20)
     assert prompts(source, longest=20, too_long="drop")[1] == 1
-    with pytest.raises(InputError, match="every prompt is longer"):
+    with pytest.raises(InputError, match="no row is left"):
         prompts(write(tmp_path / "q.jsonl", [{"prompt": "film " * 50}]), longest=20, too_long="drop")
 
 
@@ -245,7 +249,7 @@ def test_no_bytes_in_a_file_make_a_traceback(tmp_path_factory, content):
 
 def test_a_policy_writes_its_answer_to_the_end_of_sequence(tmp_path):
     rows = [{"prompt": "the sea", "chosen": " was quiet", "rejected": " was slow"}]
-    pair = pairs(tmp_path / "p.jsonl", rows, view=as_written).train[0]
+    pair = pairs(tmp_path / "p.jsonl", rows, view=as_written).train.sample[0]
     for answered, text in ((pair.chosen, " was quiet</s>"), (pair.rejected, " was slow</s>")):
         assert TOKENIZER.decode(answered.ids[answered.prompt_length :]) == text
         assert TOKENIZER.decode(answered.ids[: answered.prompt_length]).endswith("the sea")
@@ -258,7 +262,7 @@ def test_only_the_last_turn_is_the_answer(tmp_path):
         {"role": "user", "content": "a good one?"},
     ]
     rows = [{"prompt": before, "chosen": "a good one", "rejected": "no"}]
-    pair = pairs(tmp_path / "p.jsonl", rows, view=as_written).train[0]
+    pair = pairs(tmp_path / "p.jsonl", rows, view=as_written).train.sample[0]
     assert TOKENIZER.decode(pair.chosen.ids[pair.chosen.prompt_length :]) == "a good one</s>"
     assert "a story" in TOKENIZER.decode(pair.chosen.ids[: pair.chosen.prompt_length])
 
@@ -266,9 +270,9 @@ def test_only_the_last_turn_is_the_answer(tmp_path):
 def test_a_long_pair_loses_the_left_of_its_prompt(tmp_path):
     rows = [{"prompt": "the sea " * 30, "chosen": " was quiet", "rejected": " was slow"}]
     found = pairs(tmp_path / "p.jsonl", rows, view=as_written, max_tokens=12, too_long="truncate")
-    whole = pairs(tmp_path / "q.jsonl", rows, view=as_written).train[0]
-    cut = found.train[0]
-    assert found.truncated == 1
+    whole = pairs(tmp_path / "q.jsonl", rows, view=as_written).train.sample[0]
+    cut = found.train.sample[0]
+    assert found.counts["truncated"] == 1
     assert cut.chosen.ids == whole.chosen.ids[-12:]
     answer = len(whole.chosen.ids) - whole.chosen.prompt_length
     assert len(cut.chosen.ids) - cut.chosen.prompt_length == answer
@@ -277,7 +281,7 @@ def test_a_long_pair_loses_the_left_of_its_prompt(tmp_path):
 def test_a_margin_says_by_how_much(tmp_path):
     row = {"prompt": "the sea", "chosen": " was quiet", "rejected": " was slow"}
     found = pairs(tmp_path / "p.jsonl", [row | {"margin": 0.5}, row | {"margin": None}, row])
-    assert [pair.margin for pair in found.train] == [0.5, 0.0, 0.0]
+    assert [pair.margin for pair in found.train.sample] == [0.5, 0.0, 0.0]
     for bad in (-1, "much", True, float("nan"), [1]):
         with pytest.raises(InputError, match="allowed is a number from 0: by how much"):
             pairs(tmp_path / "q.jsonl", [row | {"margin": bad}])

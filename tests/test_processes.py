@@ -80,6 +80,7 @@ SHARING = {
 }
 
 
+STREAMED = ["--data.streaming=true", "--data.buffer_rows=8", "--data.max_tokens=64", "--steps=4"]
 ONLY_IN_TWO = {"replicated": ("sft", ["--parallel.replicate=2"])}
 """Runs that only several processes can make, by the run of one process that they must equal."""
 
@@ -88,6 +89,7 @@ def test_two_processes_are_as_one(tiny, tmp_path):
     small = "--compute.tokens_per_microbatch=40"
     commands = {stage: [*data_words(tmp_path, stage, tiny()), small] for stage in ("sft", "reward", "dpo")}
     commands |= {name: joint_words(tmp_path, tiny(), options) for name, options in SHARING.items()}
+    commands |= {f"streamed {stage}": [*commands[stage], *STREAMED] for stage in ("sft", "dpo")}
     commands["bfloat16"] = [*commands["sft"], "--compute.precision=bfloat16"]
 
     def into(group: str, name: str, words: list[str]) -> list[str]:

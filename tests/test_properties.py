@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.config import PpoConfig, SftConfig
-from tandem.data.examples import endless_order
-from tandem.data.prompts import prompt_batches
-from tandem.data.rows import Row, hold_out, read_rows
+from tandem.data.examples import shuffled
+from tandem.data.feed import InMemory
+from tandem.data.prompts import shuffled_prompts
+from tandem.data.rows import Row, Source, hold_out, read_rows
 from tandem.errors import InputError, one_line
 from tandem.recipe import load_config, parse_overrides, read_toml, without_none
 from tandem.text import answered_ids, decoder, prompt_ids, taught_ids
@@ -135,7 +137,7 @@ def test_json_rows_come_back(tmp_path: Path, rows: list[dict[str, Any]]):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     for name in ("a.json", "a.jsonl"):
-        assert [row.columns for row in read_rows(str(tmp_path / name), "data.train", "train", {})] == rows
+        assert [row.columns for row in read_rows(Source(str(tmp_path / name), "data.train", "train", {}))] == rows
 
 
 @any_input(names, st.lists(st.tuples(whole, whole), min_size=1, max_size=4))
@@ -143,7 +145,7 @@ def test_csv_rows_come_back(tmp_path: Path, name: str, fields: list[tuple[str, s
     header = [name, f"{name}2"]
     with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *fields])
-    found = read_rows(str(tmp_path / "a.csv"), "data.train", "train", {})
+    found = read_rows(Source(str(tmp_path / "a.csv"), "data.train", "train", {}))
     assert [[row.columns[column] for column in header] for row in found] == [list(row) for row in fields]
 
 
@@ -154,7 +156,7 @@ def test_parquet_rows_come_back(tmp_path: Path, fields: list[tuple[Any, ...]]):
     rows = [dict(zip(("prompt", "n", "x"), row, strict=True)) for row in fields]
     schema = pyarrow.schema([("prompt", pyarrow.string()), ("n", pyarrow.int64()), ("x", pyarrow.float64())])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
-    assert [row.columns for row in read_rows(str(tmp_path / "a.parquet"), "data.train", "train", {})] == rows
+    assert [row.columns for row in read_rows(Source(str(tmp_path / "a.parquet"), "data.train", "train", {}))] == rows
 
 
 @any_input(
@@ -267,7 +269,7 @@ def test_held_out_keys_are_whole(keys: list[int], fraction: float, seed: int):
 @any_input(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(0, 99))
 def test_each_pass_sees_every_item_once_and_groups_stay_together(sizes: list[int], seed: int):
     groups = [[(group, item) for item in range(size)] for group, size in enumerate(sizes)]
-    order = endless_order(groups, torch.Generator().manual_seed(seed))
+    order = shuffled(groups, seed)
     for _ in range(3):
         taken = list(islice(order, sum(sizes)))
         assert sorted(taken) == [item for group in groups for item in group]
@@ -278,19 +280,20 @@ def test_each_pass_sees_every_item_once_and_groups_stay_together(sizes: list[int
 @any_input(st.integers(1, 12), st.integers(1, 9), st.integers(0, 99))
 def test_batches_of_prompts_are_passes_in_a_row(count: int, size: int, seed: int):
     prompts = [Prompt((n,), str(n), None, {}) for n in range(count)]
-    batches = list(islice(prompt_batches(prompts, size, seed), 3 * count))
+    feed = InMemory(prompts, partial(shuffled_prompts, prompts, seed))
+    batches = [batch for batch, _ in islice(feed.batches(size), 3 * count)]
     assert {len(batch) for batch in batches} == {size}
     taken = [prompt.ids[0] for batch in batches for prompt in batch]
     for start in range(0, len(taken) - count + 1, count):
         assert sorted(taken[start : start + count]) == list(range(count))
-    again = [prompt.ids[0] for batch in islice(prompt_batches(prompts, size, seed), 3 * count) for prompt in batch]
-    assert again == taken
+    later = [prompt.ids[0] for batch, _ in islice(feed.batches(size, done=2), 3 * count - 2) for prompt in batch]
+    assert later == taken[2 * size :]
 
 
 @any_input(st.binary(max_size=80), st.sampled_from(["p.jsonl", "p.json", "p.csv", "p.parquet"]))
 def test_no_bytes_make_more_than_one_line(tmp_path: Path, content: bytes, name: str):
     (tmp_path / name).write_bytes(content)
-    rows, refusal = outcome(lambda: read_rows(str(tmp_path / name), "data.train", "train", {}))
+    rows, refusal = outcome(lambda: read_rows(Source(str(tmp_path / name), "data.train", "train", {})))
     assert rows or name in (refusal or "")
     assert refusal is None or refusal == one_line(refusal)
 
@@ -303,5 +306,5 @@ def test_bytes_changed_in_a_parquet_file_make_no_more_than_one_line(tmp_path: Pa
     for _ in range(chance.randint(1, 8)):
         content[chance.randrange(len(content))] = chance.randrange(256)
     path.write_bytes(content)
-    rows, refusal = outcome(lambda: read_rows(str(path), "data.train", "train", {}))
+    rows, refusal = outcome(lambda: read_rows(Source(str(path), "data.train", "train", {})))
     assert rows or "p.parquet" in (refusal or "")

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fuzz.damage import NASTY_VALUES, damaged_bytes, damaged_tree
 from fuzz.valid import STAGES, recipes, rows
-from tandem.config import PpoConfig, RewardConfig, RowsSection, SftConfig
+from tandem.config import PpoConfig, PromptsSection, RewardConfig, RowsSection, SftConfig
 from tandem.data.examples import as_read, read_examples, read_pairs
-from tandem.data.prompts import PromptLimits, read_prompts
+from tandem.data.prompts import read_prompts
 from tandem.recipe import fields_of, load_config
 
 KINDS: dict[str, Any] = {"sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
@@ -97,8 +98,8 @@ def reader(form: str, stage: str, path: Path, tokenizer: PreTrainedTokenizerBase
         words = path.read_bytes().decode("utf-8", "surrogatepass").split("\n")
         return lambda: load_config(KINDS[stage], recipes(stage)[0], words)
     if stage == "ppo":
-        limits = PromptLimits(10_000, "refuse")
-        return lambda: read_prompts(str(path), "data.prompts", "train", {}, tokenizer, limits)
+        prompts = PromptsSection(prompts=str(path), max_prompt_tokens=10_000)
+        return lambda: read_prompts(prompts, tokenizer, Counter())
     data = RowsSection(train=str(path), eval_fraction=0.0, max_tokens=10_000)
     if stage == "sft":
         return lambda: read_examples(data, tokenizer, 0)

@@ -15,7 +15,13 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tandem.consistency import impossible, impossible_evaluation, too_many_processes, without_effect
+from tandem.consistency import (
+    impossible,
+    impossible_evaluation,
+    impossible_length,
+    too_many_processes,
+    without_effect,
+)
 
 _LONGEST_NAME = 255
 
@@ -182,15 +188,39 @@ class AdapterSection(Section):
     )
 
 
+class StreamSection(Section):
+    """Whether rows are read whole or while training goes on."""
+
+    streaming: bool = Field(
+        False,
+        description="read rows while training goes on, so that memory and start-up do not grow with the data "
+        "(docs/streaming.md): not from .json, and steps take the place of epochs",
+    )
+    buffer_rows: Count = Field(
+        10_000,
+        description="rows in memory where data.streaming is set: so many are read, given in a random order, and the "
+        "next ones read. 1 keeps the order of the file",
+    )
+
+    @model_validator(mode="after")
+    def _buffer_meant(self) -> Self:
+        if not self.streaming and self.buffer_rows != type(self).model_fields["buffer_rows"].default:
+            raise ValueError("buffer_rows has no effect here: it is for streaming = true; set that, or leave it out")
+        return self
+
+
 ROW_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "margin")
 
 
-class RowsSection(Section):
+class RowsSection(StreamSection):
     """Rows in."""
 
     train: NonEmpty = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
     eval: NonEmpty | None = Field(None, description="held-out rows; unset: eval_fraction of train is held out")
-    eval_fraction: Fraction = Field(0.1, description="share of train held out where eval is unset")
+    eval_fraction: Fraction = Field(
+        0.1,
+        description="share of train held out where eval is unset; with streaming, of its first buffer_rows rows",
+    )
     split: NonEmpty = Field("train", description="split of train, where it is a hub data set")
     eval_split: NonEmpty = Field("test", description="split of eval, where it is a hub data set")
     columns: dict[str, str] = Field({}, description="standard name -> name in the data, for other conventions")
@@ -223,6 +253,7 @@ class SftConfig(Section):
 
     model: NonEmpty = Field(description="directory or hub id of a causal language model")
     epochs: Passes = Field(1.0, description="passes over the data")
+    steps: Count | None = Field(None, description="optimiser steps, in the place of epochs; data.streaming needs it")
     sequences_per_minibatch: Count = Field(32, description="sequences in one optimiser step")
     eval_every: Count = Field(50, description="steps between evaluations on held-out rows")
     data: RowsSection
@@ -234,8 +265,11 @@ class SftConfig(Section):
     parallel: ParallelSection = ParallelSection()
 
     @model_validator(mode="after")
-    def _enough_rows(self) -> Self:
-        for problem in too_many_processes(self.parallel, "", self.sequences_per_minibatch, "sequences"):
+    def _possible(self) -> Self:
+        for problem in (
+            *impossible_length(self),
+            *too_many_processes(self.parallel, "", self.sequences_per_minibatch, "sequences"),
+        ):
             raise ValueError(problem)
         return self
 
@@ -245,6 +279,7 @@ class RewardConfig(Section):
 
     model: NonEmpty = Field(description="directory or hub id to start from, causal or one-label classifier")
     epochs: Passes = Field(1.0, description="passes over the data")
+    steps: Count | None = Field(None, description="optimiser steps, in the place of epochs; data.streaming needs it")
     pairs_per_minibatch: Count = Field(32, description="preference pairs in one optimiser step")
     centring_weight: NonNegative = Field(
         0.0, description="weight of (score of chosen + score of rejected)^2, which draws the scores' middle to 0"
@@ -265,8 +300,11 @@ class RewardConfig(Section):
     parallel: ParallelSection = ParallelSection()
 
     @model_validator(mode="after")
-    def _enough_rows(self) -> Self:
-        for problem in too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"):
+    def _possible(self) -> Self:
+        for problem in (
+            *impossible_length(self),
+            *too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"),
+        ):
             raise ValueError(problem)
         return self
 
@@ -283,6 +321,7 @@ class DpoConfig(Section):
         0.0, description="chance that a preference is the wrong way round (sigmoid only)"
     )
     epochs: Passes = Field(1.0, description="passes over the data")
+    steps: Count | None = Field(None, description="optimiser steps, in the place of epochs; data.streaming needs it")
     pairs_per_minibatch: Count = Field(32, description="preference pairs in one optimiser step")
     eval_every: Count = Field(50, description="steps between evaluations on held-out pairs")
     data: RowsSection
@@ -297,7 +336,10 @@ class DpoConfig(Section):
     def _meant(self) -> Self:
         if self.loss == "ipo" and self.label_smoothing > 0:
             raise ValueError('label_smoothing has no effect here: it is for loss = "sigmoid"; leave it out')
-        for problem in too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"):
+        for problem in (
+            *impossible_length(self),
+            *too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"),
+        ):
             raise ValueError(problem)
         return self
 
@@ -312,9 +354,14 @@ class PromptSourceSection(Section):
     too_long: Literal["refuse", "drop"] = Field(
         "refuse", description="what to do with a longer prompt; dropped ones are counted and reported"
     )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="what to do with a row that cannot be used (no prompt, a wrong role); dropped ones are counted and "
+        "reported",
+    )
 
 
-class PromptsSection(PromptSourceSection):
+class PromptsSection(PromptSourceSection, StreamSection):
     """Prompts in, to train on and to measure on."""
 
     eval_prompts: NonEmpty | None = Field(None, description="held-out prompts, measured before and after")

@@ -1,4 +1,4 @@
-"""What the recipe of a joint run or of an evaluation cannot say together, and what it says in vain."""
+"""What a recipe cannot say together, and what it says in vain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.config import ClusterSection, EvalConfig, ParallelSection, PpoConfig, RewardSource, Section
+    from tandem.config import (
+        ClusterSection,
+        DpoConfig,
+        EvalConfig,
+        ParallelSection,
+        PpoConfig,
+        RewardConfig,
+        RewardSource,
+        Section,
+        SftConfig,
+    )
 
 # Whether it applies, the section and its name, the fields that it concerns, and why they have no effect.
 Idle = tuple[bool, "Section", str, list[str], str]
@@ -107,6 +117,17 @@ def _impossible_cluster(config: PpoConfig, cluster: ClusterSection) -> Iterator[
         yield (
             f"cluster.silent_seconds = {cluster.silent_seconds:g} must be more than the rewards' timeout_seconds = "
             f"{slowest:g}"
+        )
+
+
+def impossible_length(config: SftConfig | RewardConfig | DpoConfig) -> Iterator[str]:
+    """How long to train is said by epochs or by steps; of a stream nobody knows the rows beforehand."""
+    if config.steps is not None and config.epochs != type(config).model_fields["epochs"].default:
+        yield "epochs has no effect here: steps says how long to train; leave one of them out"
+    if config.data.streaming and config.steps is None:
+        yield (
+            "with data.streaming the rows are not counted before they train, so epochs has no meaning; set steps "
+            "(passes * rows / rows of a minibatch)"
         )
 
 

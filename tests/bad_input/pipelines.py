@@ -38,7 +38,7 @@ TABLE = [
         "[ppo] reward function 'none.py:f'",
         "there is no file none.py",
     ),
-    ("responses too long to read", ["--ppo.rollout.max_new_tokens=256"], "[ppo] the longest prompt", "lower"),
+    ("responses too long to read", ["--ppo.rollout.max_new_tokens=256"], "[ppo] prompts have up to", "lower"),
     (
         "more layers than there are",
         ["--ppo.sharing.mode=adapters", "--ppo.adapters.upper_layers=99", "--reward.adapters.rank=4"],

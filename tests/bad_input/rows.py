@@ -243,7 +243,8 @@ SETTINGS = [
         "ppo",
         [{"prompt": "the sea " * 9}] * 2,
         ["--data.max_prompt_tokens=2", "--data.too_long=drop"],
-        "every prompt is longer than data.max_prompt_tokens = 2",
+        "no row is left",
+        "longer than data.max_prompt_tokens = 2",
         "raise it",
     ),
     (
@@ -310,7 +311,7 @@ SETTINGS = [
         "sft",
         [{"text": "the sea " * 200}] * 2,
         ["--data.max_tokens=9999"],
-        "the longest sequence has",
+        "sequences have up to",
         "model reads 256",
         "lower data.max_tokens",
     ),
@@ -319,7 +320,7 @@ SETTINGS = [
         "ppo",
         [{"prompt": "the sea"}] * 2,
         ["--rollout.max_new_tokens=255"],
-        "the longest prompt has",
+        "prompts have up to",
         "the 256 that policy.model reads",
     ),
     (
@@ -339,6 +340,26 @@ SETTINGS = [
     ),
 ]
 
+STREAMED = ["--data.streaming=true", "--steps=2", "--data.max_tokens=64", "--data.eval_fraction=0"]
+LATIN = b'{"text": "the sea"}\n{"text": "caf\xe9"}\n'
+
+# Name, file name, its bytes, further words, and what must be said; read as a stream by the SFT stage.
+STREAMS = [
+    ("a list", "p.json", b'[{"text": "the sea"}]', [], "can only be read whole", "end in .jsonl"),
+    ("no bytes", "p.jsonl", b"", [], "has no rows"),
+    ("a header only", "p.csv", b"text\n", [], "has no rows"),
+    ("no rows", "p.parquet", no_rows(), [], "has no rows"),
+    ("cut in half", "p.parquet", WHOLE[: len(WHOLE) // 2], [], "not a readable Parquet file"),
+    ("Latin-1", "p.jsonl", LATIN, [], "line 2", "byte 13 is e9"),
+    ("cut off", "p.jsonl", b'{"text": "the', [], "line 1", "is not JSON"),
+    ("all bad", "p.jsonl", jsonl({"text": ""}, {"text": 7}), ["--data.bad_rows=drop"], "no row is left", "line 1"),
+    ("all too long", "p.jsonl", jsonl({"text": "the sea " * 99}), ["--data.too_long=drop"], "no row is left"),
+    ("a long row", "p.jsonl", jsonl({"text": "the sea " * 99}), [], "line 1", "or set data.too_long"),
+    ("no such column", "p.csv", b"story\nx\n", ["--data.columns.text=tale"], "names 'tale'", "only 'story'"),
+    ("one row cannot be held out", "p.jsonl", jsonl({"text": "a"}), ["--data.eval_fraction=0.5"], "cannot be split"),
+    ("longer than the model reads", "p.jsonl", jsonl({"text": "a"}), ["--data.max_tokens=999"], "up to 999 tokens"),
+]
+
 
 def cases() -> Iterator[Case]:
     for name, file, content, *said in FILES:
@@ -347,6 +368,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"{stage} row: {name}", _file(stage, "p.jsonl", jsonl(row)), ("p.jsonl, line 1: ", *said))
     for name, stage, rows, words, *said in SETTINGS:
         yield Case(f"{stage} rows: {name}", _file(stage, "p.jsonl", jsonl(*rows), words), tuple(said))
+    for name, file, content, words, *said in STREAMS:
+        yield Case(f"streamed {file}: {name}", _file("sft", file, content, [*STREAMED, *words]), tuple(said))
     for stage, key in SOURCE.items():
         for name, source, *said in (
             ("no such file", "none.jsonl", "there is no such file", "mend the path"),

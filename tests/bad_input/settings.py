@@ -181,6 +181,10 @@ TABLE = [
     ("ppo", ["--kl.horizon=9"], "kl.horizon has no effect", "needs kl.target"),
     ("sft", ["--data.eval=e.jsonl", "--data.eval_fraction=0.2"], "eval_fraction has no effect", "leave it out"),
     ("sft", ["--data.columns.question=prompt"], "columns.question", "those are text, messages"),
+    ("sft", ["--data.streaming=true"], "the rows are not counted", "set steps"),
+    ("reward", ["--data.buffer_rows=5"], "buffer_rows has no effect", "streaming = true"),
+    ("ppo", ["--data.buffer_rows=5"], "buffer_rows has no effect", "streaming = true"),
+    ("sft", ["--steps=3", "--epochs=2"], "epochs has no effect", "leave one of them out"),
     # Words that are no settings.
     ("ppo", ["steps=3"], "'steps=3' was not understood", "--section.key value"),
     ("ppo", ["-s", "3"], "'-s' was not understood"),

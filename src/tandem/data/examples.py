@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from tandem.config import RowsSection
-from tandem.data.rows import Row, hold_out, missing_columns, read_rows
+from tandem.data.feed import Feed, InMemory, Item, Maker, SplitRows, notes_on
+from tandem.data.rows import Row, Source, hold_out, missing_columns, read_rows
+from tandem.data.stream import open_stream
 from tandem.errors import BadRowError, InputError
 from tandem.text import Text, answered_ids, conversation_ids, prompt_ids, taught_ids
 
@@ -47,95 +51,68 @@ class Pair:
     margin: float = 0.0
 
 
-Item = TypeVar("Item", Example, Pair)
-
-
-@dataclass(frozen=True)
-class SplitRows(Generic[Item]):
-    """What trains, what is held out, and how many rows were truncated, dropped for their length, or dropped as bad.
-
-    `learns_end`: whether the tokenizer has an EOS for the rows to end in.
-    """
-
-    train: list[Item]
-    heldout: list[Item]
-    truncated: int
-    dropped: int
-    bad: int
-    learns_end: bool
-
-    def report(self) -> list[str]:
-        """What happened to rows that are not as they were given, for the person to read."""
-        said = {
-            f"{self.truncated} rows were longer than data.max_tokens and truncated.": self.truncated,
-            f"{self.dropped} rows were longer than data.max_tokens and dropped.": self.dropped,
-            f"{self.bad} rows could not be used and were dropped (data.bad_rows).": self.bad,
-            "The tokenizer has no EOS token, so no answer's end is learnt: answers will stop only at a length limit.": (
-                not self.learns_end
-            ),
-        }
-        return [line for line, count in said.items() if count]
-
-
 def read_examples(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> SplitRows[Example]:
     """`text`, or `prompt` and `completion`, or `messages`.
 
     Of a text every token is learnt, of the others the answer's tokens; EOS is learnt with them.
     """
-    counts = {"truncated": 0, "dropped": 0, "bad": 0}
 
-    def make(row: Row) -> Example | None:
+    def make(row: Row, counts: Counter[str]) -> Example | None:
         with row.named():
             example = _example(row, tokenizer)
         return _fit_example(row, example, data, counts)
 
-    def read(source: str, key: str, split: str) -> list[Example]:
-        return _usable(read_rows(source, key, split, data.columns), make, data, counts, f"{key} = {source!r}")
-
-    return _split(read, data, seed, counts, key=id, learns_end=tokenizer.eos_token_id is not None)
+    maker = Maker(make, lambda row: row.place, data.bad_rows, f"data.max_tokens = {data.max_tokens}")
+    split = _split(maker, data, seed, group=id, longest_in=lambda example: len(example.ids))
+    if tokenizer.eos_token_id is None:
+        split.notes.append(
+            "The tokenizer has no EOS token, so no answer's end is learnt: answers will stop only at a length limit."
+        )
+    return split
 
 
 def _split(
-    read: Callable[[str, str, str], list[Item]],
+    maker: Maker[Item],
     data: RowsSection,
     seed: int,
-    counts: dict[str, int],
-    key: Callable[[Item], Any],
-    learns_end: bool,
+    group: Callable[[Item], Any],
+    longest_in: Callable[[Item], int],
 ) -> SplitRows[Item]:
-    train = read(data.train, "data.train", data.split)
-    if data.eval is not None:
-        return SplitRows(train, read(data.eval, "data.eval", data.eval_split), **counts, learns_end=learns_end)
-    train, heldout = hold_out(train, data.eval_fraction, seed, key)
-    return SplitRows(train, heldout, **counts, learns_end=learns_end)
+    """What trains and what is held out, by the file or by the fraction that the recipe gives.
 
-
-def _usable(
-    rows: Sequence[Row], make: Callable[[Row], Item | None], data: RowsSection, counts: dict[str, int], named: str
-) -> list[Item]:
-    """What the rows make, but for those that were dropped, which are counted.
-
-    Raises InputError where none is left; `named` says which source that is.
+    Items of the same `group` go the same way and train side by side; `longest_in` tells an item's tokens.
     """
-    made: list[Item] = []
-    first = ""
-    for row in rows:
-        try:
-            item = make(row)
-        except BadRowError as error:
-            if data.bad_rows == "refuse":
-                raise
-            counts["bad"] += 1
-            first = first or f" The first bad one: {error}"
-            continue
-        if item is not None:
-            made.append(item)
-    if not made:
-        raise InputError(
-            f"{named}: no row is left: all were dropped as bad (data.bad_rows) or longer than data.max_tokens = "
-            f"{data.max_tokens}; raise it, or give other rows.{first}"
-        )
-    return made
+    counts: Counter[str] = Counter()
+    source = Source(data.train, "data.train", data.split, data.columns)
+    fraction = data.eval_fraction if data.eval is None else 0.0
+    feed: Feed[Item]
+    heldout: list[Item]
+    if data.streaming:
+        feed, heldout = open_stream(source, maker, data.buffer_rows, seed, fraction, counts)
+    else:
+        items, heldout = hold_out(maker.all_of(read_rows(source), source, counts), fraction, seed, group)
+        feed = InMemory(items, partial(shuffled, grouped(items, group), seed))
+    if data.eval is not None:
+        source = Source(data.eval, "data.eval", data.eval_split, data.columns)
+        heldout = maker.all_of(read_rows(source, streaming=data.streaming), source, counts)
+    longest = data.max_tokens if data.streaming else max(longest_in(item) for item in [*feed.sample, *heldout])
+    return SplitRows(feed, heldout, longest, counts, notes_on(counts, maker.limit))
+
+
+def grouped(items: Sequence[Item], group: Callable[[Item], Any]) -> list[list[Item]]:
+    """Items of the same group side by side."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(group(item), []).append(item)
+    return list(groups.values())
+
+
+def shuffled(groups: Sequence[Sequence[Item]], seed: int) -> Iterator[Item]:
+    """Items for ever, each pass with its groups in a new random order; the items of a group stay together."""
+    random = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(groups), generator=random).tolist():
+            yield from groups[index]
 
 
 def _example(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -168,7 +145,7 @@ def _answer(row: Row, column: str) -> str:
     return _said(row, value[0])
 
 
-def _fit_example(row: Row, example: Example, data: RowsSection, counts: dict[str, int]) -> Example | None:
+def _fit_example(row: Row, example: Example, data: RowsSection, counts: Counter[str]) -> Example | None:
     length = len(example.ids)
     if not any(example.taught[1:]):
         raise row.refuse("has nothing to learn: the tokenizer reads no token in it that follows another.")
@@ -184,7 +161,7 @@ def _fit_example(row: Row, example: Example, data: RowsSection, counts: dict[str
     return None
 
 
-def _drop_or_refuse(row: Row, length: int, data: RowsSection, counts: dict[str, int]) -> None:
+def _drop_or_refuse(row: Row, length: int, data: RowsSection, counts: Counter[str]) -> None:
     if data.too_long == "drop":
         counts["dropped"] += 1
         return
@@ -204,20 +181,38 @@ def read_pairs(data: RowsSection, tokenizer: PreTrainedTokenizerBase, seed: int,
     `view` says how a model meets an answer: `as_read` by a reward model, `as_written` by a policy. A pair that is too
     long and truncated loses tokens from the left of its prompt, so that the answers' ends stay.
     """
-    counts = {"truncated": 0, "dropped": 0, "bad": 0}
 
-    def make(row: Row) -> Pair | None:
+    def make(row: Row, counts: Counter[str]) -> Pair | None:
         with row.named():
             pair = _pair(row, tokenizer, view)
         return _fit_pair(row, pair, data, counts)
 
-    def read(source: str, key: str, split: str) -> list[Pair]:
-        return _usable(read_rows(source, key, split, data.columns), make, data, counts, f"{key} = {source!r}")
-
-    return _split(read, data, seed, counts, key=lambda pair: pair.prompt, learns_end=True)
+    maker = Maker(make, _prompt_of, data.bad_rows, f"data.max_tokens = {data.max_tokens}")
+    return _split(
+        maker,
+        data,
+        seed,
+        group=lambda pair: pair.prompt,
+        longest_in=lambda pair: max(len(pair.chosen.ids), len(pair.rejected.ids)),
+    )
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, view: View) -> Pair:
+    prompt, first, second = _compared(row)
+    better, worse = (view(tokenizer, prompt, answer) for answer in (first, second))
+    return _apart(row, Pair(repr(prompt), better, worse, _margin(row)))
+
+
+def _prompt_of(row: Row) -> str:
+    """Which prompt a pair answers, as `Pair.prompt` tells it; a row that cannot be used stands for itself."""
+    try:
+        return repr(_compared(row)[0])
+    except BadRowError:
+        return row.place
+
+
+def _compared(row: Row) -> tuple[Text, str, str]:
+    """The prompt, the chosen and the rejected answer."""
     for column in ("chosen", "rejected"):
         if column not in row.columns:
             raise missing_columns(row, ["'chosen' and 'rejected' (and, for plain text, 'prompt')"])
@@ -227,13 +222,11 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, view: View) -> Pair:
             "'chosen' and 'rejected' are the same, so the row prefers nothing; mend it, or set data.bad_rows = "
             '"drop".'
         )
-    if row.columns.get("prompt") is not None:
-        prompt = row.text("prompt")
-        first, second = (_after_prompt(row, prompt, answer) for answer in (chosen, rejected))
-    else:
-        prompt, first, second = _implicit_prompt(row, chosen, rejected)
-    better, worse = (view(tokenizer, prompt, answer) for answer in (first, second))
-    return _apart(row, Pair(repr(prompt), better, worse, _margin(row)))
+    if row.columns.get("prompt") is None:
+        return _implicit_prompt(row, chosen, rejected)
+    prompt = row.text("prompt")
+    first, second = (_after_prompt(row, prompt, answer) for answer in (chosen, rejected))
+    return prompt, first, second
 
 
 def _margin(row: Row) -> float:
@@ -317,7 +310,7 @@ def _implicit_prompt(row: Row, chosen: Text, rejected: Text) -> tuple[Text, str,
     return chosen[:shared], _one_turn(row, chosen[shared:]), _one_turn(row, rejected[shared:])
 
 
-def _fit_pair(row: Row, pair: Pair, data: RowsSection, counts: dict[str, int]) -> Pair | None:
+def _fit_pair(row: Row, pair: Pair, data: RowsSection, counts: Counter[str]) -> Pair | None:
     longest = max(len(pair.chosen.ids), len(pair.rejected.ids))
     if longest <= data.max_tokens:
         return pair
@@ -334,10 +327,3 @@ def _cut(answered: Answered, limit: int) -> Answered:
     """Without what is too much at the left, of the answer too where it alone is longer than the limit."""
     excess = max(0, len(answered.ids) - limit)
     return Answered(answered.ids[excess:], max(1, answered.prompt_length - excess))
-
-
-def endless_order(groups: Sequence[Sequence[Item]], random: torch.Generator) -> Iterator[Item]:
-    """Items for ever, each pass with its groups in a new random order; the items of a group stay together."""
-    while True:
-        for index in torch.randperm(len(groups), generator=random).tolist():
-            yield from groups[index]

@@ -3,54 +3,70 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from tandem.data.rows import Row, missing_columns, read_rows
+from tandem.config import PromptSourceSection, PromptsSection
+from tandem.data.feed import Feed, InMemory, Maker, SplitRows, notes_on
+from tandem.data.rows import Row, Source, missing_columns, read_rows
+from tandem.data.stream import open_stream
 from tandem.errors import InputError
 from tandem.text import Text, prompt_ids, prompt_text
 from tandem.types import Prompt
 
 
-@dataclass(frozen=True)
-class PromptLimits:
-    """Longest prompt, and what to do with a longer one: refuse or drop."""
-
-    max_prompt_tokens: int
-    too_long: str
+def read_prompts(data: PromptSourceSection, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]) -> list[Prompt]:
+    """Rows with a `prompt` (text or conversation) as prompts; those that are left out are counted."""
+    source = Source(data.prompts, "data.prompts", data.split, data.columns)
+    return prompt_maker(data, tokenizer).all_of(read_rows(source), source, counts)
 
 
-def read_prompts(
-    source: str,
-    key: str,
-    split: str,
-    columns: Mapping[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: PromptLimits,
-) -> tuple[list[Prompt], int]:
-    """Rows with a `prompt` (text or conversation) as prompts, and how many were dropped for their length."""
-    prompts, dropped = [], 0
-    for row in read_rows(source, key, split, columns):
+def split_prompts(data: PromptsSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> SplitRows[Prompt]:
+    """Prompts to train on and held-out ones."""
+    counts, heldout_counts = Counter[str](), Counter[str]()
+    maker = prompt_maker(data, tokenizer)
+    feed: Feed[Prompt]
+    heldout: list[Prompt]
+    if data.streaming:
+        source = Source(data.prompts, "data.prompts", data.split, data.columns)
+        feed, heldout = open_stream(source, maker, data.buffer_rows, seed, 0.0, counts)
+    else:
+        prompts = read_prompts(data, tokenizer, counts)
+        feed, heldout = InMemory(prompts, partial(shuffled_prompts, prompts, seed)), []
+    if data.eval_prompts is not None:
+        source = Source(data.eval_prompts, "data.eval_prompts", data.eval_split, data.columns)
+        heldout = maker.all_of(read_rows(source, streaming=data.streaming), source, heldout_counts)
+    longest = max(len(prompt.ids) for prompt in [*feed.sample, *heldout])
+    return SplitRows(
+        feed,
+        heldout,
+        data.max_prompt_tokens if data.streaming else longest,
+        counts,
+        notes_on(counts, maker.limit, "data.prompts: ") + notes_on(heldout_counts, maker.limit, "data.eval_prompts: "),
+    )
+
+
+def prompt_maker(data: PromptSourceSection, tokenizer: PreTrainedTokenizerBase) -> Maker[Prompt]:
+    """How a row becomes a prompt that is not too long."""
+
+    def make(row: Row, counts: Counter[str]) -> Prompt | None:
         if "prompt" not in row.columns:
             raise missing_columns(row, ["'prompt'"])
         prompt = make_prompt(row.text("prompt"), tokenizer, row)
-        if len(prompt.ids) <= limits.max_prompt_tokens:
-            prompts.append(prompt)
-        elif limits.too_long == "drop":
-            dropped += 1
-        else:
-            raise row.refuse(
-                f"the prompt has {len(prompt.ids)} tokens and data.max_prompt_tokens is {limits.max_prompt_tokens}; "
-                'raise it, or set data.too_long = "drop".'
-            )
-    if not prompts:
+        if len(prompt.ids) <= data.max_prompt_tokens:
+            return prompt
+        if data.too_long == "drop":
+            counts["dropped"] += 1
+            return None
         raise InputError(
-            f"{key} = {source!r}: every prompt is longer than data.max_prompt_tokens = {limits.max_prompt_tokens}; "
-            "raise it."
+            f"{row.place}: the prompt has {len(prompt.ids)} tokens and data.max_prompt_tokens is "
+            f'{data.max_prompt_tokens}; raise it, or set data.too_long = "drop".'
         )
-    return prompts, dropped
+
+    return Maker(make, lambda row: row.place, data.bad_rows, f"data.max_prompt_tokens = {data.max_prompt_tokens}")
 
 
 def make_prompt(text: Text, tokenizer: PreTrainedTokenizerBase, row: Row) -> Prompt:
@@ -65,12 +81,8 @@ def make_prompt(text: Text, tokenizer: PreTrainedTokenizerBase, row: Row) -> Pro
     return Prompt(tuple(ids), read, messages, row.columns)
 
 
-def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
-    """`size` prompts at a time for ever, each pass in a new random order; a batch may span two passes."""
+def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Iterator[Prompt]:
+    """Prompts for ever, each pass in a new random order."""
     order_of = random.Random(seed)
-    queue: list[Prompt] = []
     while True:
-        while len(queue) < size:
-            queue += order_of.sample(prompts, len(prompts))
-        yield queue[:size]
-        queue = queue[size:]
+        yield from order_of.sample(prompts, len(prompts))

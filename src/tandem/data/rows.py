@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tandem.data.files import SUFFIXES, kind_of, read_file, shown
-from tandem.errors import BadRowError, ConversationError, InputError, reason_of
+from tandem.data.files import SUFFIXES, Mark, Placed, Reader, kind_of, open_file, shown
+from tandem.errors import BadRowError, ConversationError, InputError, RunError, reason_of
 from tandem.text import Text
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -79,24 +79,61 @@ class Row:
         return text
 
 
-def read_rows(source: str, key: str, split: str, columns: Mapping[str, str]) -> list[Row]:
-    """All rows of a file (by its suffix) or hub id, with columns renamed: standard name -> name in the data.
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: `name` is a file, known by its suffix, or the id of a hub data set with its `split`.
 
-    `key` is the configuration's name of the source. Raises InputError for a missing or unreadable file, a row
-    that is no object, or no rows at all.
+    `key` is the configuration's name of it; `columns` renames: standard name -> name in the data.
     """
-    path = Path(os.path.expanduser(source))
-    if path.suffix.lower() in SUFFIXES:
-        _check_file(path, f"{key} = {source!r}")
-        rows = [Row(columns, place) for columns, place in read_file(path)]
-    elif os.path.exists(path) or source.startswith((".", "/", "~")):
-        kinds = ", ".join(SUFFIXES)
-        raise InputError(f"{key} = {source!r}: give a file that ends in {kinds}, or the id of a hub data set.")
-    else:
-        rows = list(_read_hub(source, key, split))
-    if not rows:
-        raise InputError(f"{key} = {source!r} has no rows; give a file that has some.")
-    return [_renamed(row, columns, key) for row in rows]
+
+    name: str
+    key: str
+    split: str
+    columns: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.name!r}"
+
+    def open(self, mark: Mark = None, *, streaming: bool = False) -> Reader:
+        """Its rows one after the other, from the mark of an earlier reader on.
+
+        `streaming`: of a hub data set no more is downloaded than is read. Raises InputError for what cannot be read.
+        """
+        path = Path(os.path.expanduser(self.name))
+        if path.suffix.lower() in SUFFIXES:
+            _check_file(path, str(self))
+            return open_file(path, mark)
+        if os.path.exists(path) or self.name.startswith((".", "/", "~")):
+            raise InputError(f"{self}: give a file that ends in {', '.join(SUFFIXES)}, or the id of a hub data set.")
+        return _Hub(self, mark, streaming)
+
+    def row(self, placed: Placed) -> Row:
+        """A row with its columns renamed. Raises BadRowError where it lacks one of them."""
+        columns, place = placed
+        if not self.columns:
+            return Row(columns, place)
+        renamed = dict(columns)
+        for standard, given in self.columns.items():
+            if given not in columns:
+                have = ", ".join(map(repr, columns))
+                raise BadRowError(
+                    f"{place}: {self.key.rpartition('.')[0]}.columns names {given!r}, but the row has only {have}."
+                )
+            renamed[standard] = columns[given]
+        return Row(renamed, place)
+
+
+def read_rows(source: Source, *, streaming: bool = False) -> list[Row]:
+    """All rows of a source. Raises InputError for what cannot be read, a row that is none, or no rows at all."""
+    with source.open(streaming=streaming) as reader:
+        placed = list(reader)
+    if not placed:
+        raise no_rows(source)
+    return [source.row(one) for one in placed]
+
+
+def no_rows(source: Source) -> InputError:
+    return InputError(f"{source} has no rows; give a file that has some.")
 
 
 def _check_file(path: Path, named: str) -> None:
@@ -112,32 +149,41 @@ def _check_file(path: Path, named: str) -> None:
     raise InputError(f"{named}: there is no such file, seen from {os.getcwd()}; mend the path.")
 
 
-def _renamed(row: Row, columns: Mapping[str, str], key: str) -> Row:
-    if not columns:
-        return row
-    renamed = dict(row.columns)
-    for standard, given in columns.items():
-        if given not in row.columns:
-            have = ", ".join(map(repr, row.columns))
+class _Hub(Reader):
+    """A hub data set; a mark is the number of rows before it, and where the data set says that it stands."""
+
+    def __init__(self, source: Source, mark: Mark, streaming: bool) -> None:
+        import datasets
+
+        self._source, self._number = source, 0
+        try:
+            self._rows = datasets.load_dataset(source.name, split=source.split, streaming=streaming)
+        except Exception as error:
             raise InputError(
-                f"{row.place}: {key.rpartition('.')[0]}.columns names {given!r}, but the row has only {have}."
-            )
-        renamed[standard] = row.columns[given]
-    return Row(renamed, row.place)
+                f"{source}: no file of that name, and as a hub data set (split {source.split!r}) it cannot be "
+                f"loaded: {reason_of(error)}. A file ends in {', '.join(SUFFIXES)}."
+            ) from error
+        if mark is not None:
+            self._number, place = mark
+            self._rows.load_state_dict(place)
+        self._coming = iter(self._rows)
 
+    def __next__(self) -> Placed:
+        try:
+            item = next(self._coming)
+        except StopIteration:
+            raise
+        except Exception as error:
+            raise RunError(f"{self._source}: row {self._number + 1} could not be read: {reason_of(error)}.") from error
+        self._number += 1
+        return dict(item), f"{self._source.name} ({self._source.split}), row {self._number}"
 
-def _read_hub(source: str, key: str, split: str) -> Iterator[Row]:
-    import datasets
+    def mark(self) -> Mark:
+        return [self._number, self._rows.state_dict()]
 
-    try:
-        rows = datasets.load_dataset(source, split=split)
-    except Exception as error:
-        raise InputError(
-            f"{key} = {source!r}: no file of that name, and as a hub data set (split {split!r}) it cannot be "
-            f"loaded: {reason_of(error)}. A file ends in {', '.join(SUFFIXES)}."
-        ) from error
-    for number, item in enumerate(rows, start=1):
-        yield Row(dict(item), f"{source} ({split}), row {number}")
+    def close(self) -> None:
+        if hasattr(self._coming, "close"):
+            self._coming.close()
 
 
 Item = TypeVar("Item")

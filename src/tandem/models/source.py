@@ -140,6 +140,6 @@ def check_length(config: PreTrainedConfig, longest: int, key: str) -> None:
     limit = positions(config)
     if limit is not None and longest > limit:
         raise InputError(
-            f"the longest sequence has {longest} tokens, and {key} reads {limit}; lower data.max_tokens with "
+            f"sequences have up to {longest} tokens, and {key} reads {limit}; lower data.max_tokens with "
             'data.too_long = "truncate" or "drop".'
         )

@@ -72,7 +72,8 @@ class Keeper:
     def safe(self, stage: str) -> Iterator[None]:
         """Whatever ends the run in it, the state to go back to is saved first, and the person is told.
 
-        Raises Interrupted for SIGTERM; an error goes on its way, a RunError with how to go on.
+        Raises Interrupted for SIGTERM; an error goes on its way, a RunError with how to go on, and so an InputError
+        that steps were done before.
         """
         try:
             yield
@@ -82,6 +83,11 @@ class Keeper:
         except RunError as error:
             self._save_after_error()
             raise RunError(f"{error} {self._way_back(stage)}") from error
+        except InputError as error:
+            if self._marked is None or self._marked.step == 0:
+                raise
+            self._save_after_error()
+            raise InputError(f"{error} {self._way_back(stage)}") from error
         except Exception:
             self._save_after_error()
             raise

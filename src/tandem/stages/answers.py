@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tandem.config import DpoConfig, PpoConfig
 from tandem.data.examples import as_written, read_pairs
-from tandem.data.prompts import PromptLimits
+from tandem.data.prompts import split_prompts
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy, SamplingRule
 from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
 from tandem.models.source import positions, read_config
 from tandem.models.trunk import Trunk
 from tandem.pipeline_config import PipelineConfig, StageRecipe
 from tandem.rollout import TorchGenerator
-from tandem.run import Progress
-from tandem.stages.joint_setup import read_all_prompts
 from tandem.text import decoder
 from tandem.types import Prompt
 
@@ -50,8 +47,7 @@ def answers_by_stage(config: PipelineConfig) -> list[dict[str, Any]]:
 def heldout_prompts(recipe: StageRecipe, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
     """The first distinct prompts that the aligning stage holds out."""
     if isinstance(recipe, PpoConfig):
-        limits = PromptLimits(recipe.data.max_prompt_tokens, recipe.data.too_long)
-        found = read_all_prompts(recipe, tokenizer, limits, Progress(Console(quiet=True)))[1]
+        found = split_prompts(recipe.data, tokenizer, recipe.run.seed).heldout
     elif isinstance(recipe, DpoConfig):
         pairs = read_pairs(recipe.data, tokenizer, recipe.run.seed, as_written).heldout
         ids = [pair.chosen.ids[: pair.chosen.prompt_length] for pair in pairs]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from tandem import algo
 from tandem.config import DpoConfig
-from tandem.data.examples import Answered, Pair, as_written, endless_order, read_pairs
+from tandem.data.examples import Answered, Pair, as_written, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
@@ -22,8 +21,8 @@ from tandem.models.trunk import Trunk
 from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
-from tandem.stages.from_data import Lesson, run_from_data, trained_part
-from tandem.stages.pairs import answer_tokens, by_prompt, own_parts
+from tandem.stages.from_data import Lesson, planned, run_from_data, trained_part
+from tandem.stages.pairs import answer_tokens, own_parts
 from tandem.stages.together import of_all
 from tandem.types import Tokens
 from tandem.world import world
@@ -38,43 +37,67 @@ def run_dpo(config: DpoConfig, progress: Progress, *, resume: bool = False) -> d
 
 
 def prepare(config: DpoConfig, progress: Progress) -> Lesson[Pair]:
-    """Load pairs and policy, and measure every answer under the reference, which is the policy as it starts."""
+    """Load pairs and policy, and measure answers under the reference, which is the policy as it starts: all of them
+    beforehand or, where pairs are streamed, those of each minibatch in its turn, by a policy that stays as it is."""
     device, trust = pick_device(config.compute.device), config.compute.trust_remote_code
     tokenizer = load_tokenizer(config.model, "model", trust)
     rows = read_pairs(config.data, tokenizer, config.run.seed, as_written)
-    for line in rows.report():
+    for line in rows.notes:
         progress.say(line)
-    answers = [answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected)]
-    check_length(read_config(config.model, "model", trust), max(len(answer.ids) for answer in answers), "model")
+    check_length(read_config(config.model, "model", trust), rows.longest, "model")
+    dtype, budget = pick_dtype(config.compute.precision, device), config.compute.tokens_per_microbatch
     with progress.console.status("loading the model"):
-        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device, trust))
+        trunk = Trunk(load_causal(config.model, "model", dtype, device, trust))
+        still = frozen_reference(config, trunk, dtype, device) if config.data.streaming else None
     adapter, parameters = trained_part(trunk, config.adapters)
     policy = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter)
+    known = rows.heldout if still else [*rows.train.sample, *rows.heldout]
     with progress.console.status("log-probabilities of the reference"):
-        reference = reference_logprobs(policy, answers, config.compute.tokens_per_microbatch)
+        reference = reference_logprobs(still or policy, answers_of(known), budget)
     engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer, "policy")
     learner = DpoLearner(policy, reference, engine, config)
+
+    def learn(pairs: Sequence[Pair]) -> dict[str, float]:
+        if still is None:
+            return train_on(learner, pairs)
+        return train_on(replace(learner, reference=reference_logprobs(still, answers_of(pairs), budget)), pairs)
+
+    steps, planned_by = planned(config, rows.train, config.pairs_per_minibatch)
     return Lesson(
         name="DPO",
         engine=engine,
-        order=endless_order(by_prompt(rows.train), torch.Generator().manual_seed(config.run.seed)),
+        feed=rows.train,
         items_per_step=config.pairs_per_minibatch,
-        steps=math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch),
+        steps=steps,
+        planned_by=planned_by,
         eval_every=config.eval_every,
-        learn=lambda pairs: train_on(learner, pairs),
+        learn=learn,
         measure=lambda: measure_heldout(learner, rows.heldout),
         write_down=asdict,
         save=lambda folder, _: save_policy(trunk, adapter, tokenizer, folder),
         facts=lambda reached: {
-            "train_pairs": len(rows.train),
+            "train_pairs": rows.train.count,
             "heldout_pairs": len(rows.heldout),
-            "truncated_pairs": rows.truncated,
+            "truncated_pairs": rows.counts["truncated"],
             "heldout": {"before": reached.before, "after": reached.heldout},
         },
         headline=["loss", "accuracy"],
         memory_knobs=training_knobs(config),
         device=device,
     )
+
+
+def frozen_reference(config: DpoConfig, trunk: Trunk, dtype: torch.dtype, device: torch.device) -> CausalPolicy:
+    """The policy as it starts, beside the one that learns: the trunk below its adapter, or a model of its own."""
+    if config.adapters is not None:
+        return CausalPolicy(trunk, FULL_DISTRIBUTION, None)
+    own = Trunk(load_causal(config.model, "model", dtype, device, config.compute.trust_remote_code))
+    own.model.requires_grad_(False)
+    return CausalPolicy(own, FULL_DISTRIBUTION, None)
+
+
+def answers_of(pairs: Iterable[Pair]) -> list[Answered]:
+    return [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
 
 
 class Policy(Protocol):

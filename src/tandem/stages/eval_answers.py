@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tandem.config import EvalConfig
-from tandem.data.prompts import PromptLimits, make_prompt, read_prompts
+from tandem.data.feed import notes_on
+from tandem.data.prompts import make_prompt, read_prompts
 from tandem.data.rows import Row
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy, SamplingRule
@@ -77,10 +79,10 @@ def find_speakers(config: EvalConfig, placement: Placement, progress: Progress) 
     """
     data = config.data
     tokenizer = _tokenizer(config.model, "model", placement)
-    limits = PromptLimits(data.max_prompt_tokens, data.too_long)
-    prompts, dropped = read_prompts(data.prompts, "data.prompts", data.split, data.columns, tokenizer, limits)
-    if dropped:
-        progress.say(f"data.prompts: {dropped} prompts were dropped for being longer than {data.max_prompt_tokens}.")
+    counts: Counter[str] = Counter()
+    prompts = read_prompts(data, tokenizer, counts)
+    for line in notes_on(counts, f"data.max_prompt_tokens = {data.max_prompt_tokens}", "data.prompts: "):
+        progress.say(line)
     model = Speaker(config.model, "model", tokenizer, prompts)
     baseline = _reading(config.baseline, "baseline", model, placement)
     reference = baseline
@@ -88,7 +90,7 @@ def find_speakers(config: EvalConfig, placement: Placement, progress: Progress) 
         reference = _reading(config.reference, "reference", model, placement)
     for speaker in (model, baseline, reference):
         _check_length(speaker, config, placement)
-    return Speakers(model, baseline, reference, dropped)
+    return Speakers(model, baseline, reference, counts.total())
 
 
 def answer(config: EvalConfig, speakers: Speakers, placement: Placement, progress: Progress) -> Answers:

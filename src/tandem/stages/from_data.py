@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from tandem.config import AdapterSection
+from tandem.config import AdapterSection, DpoConfig, RewardConfig, SftConfig
+from tandem.data.feed import Feed, Place
 from tandem.engine.local import LocalEngine
 from tandem.errors import NotFinite
 from tandem.models.trunk import Trunk
@@ -37,17 +38,18 @@ Item = TypeVar("Item")
 class Lesson(Generic[Item]):
     """What is learnt: from which items, how, and how it is measured.
 
-    `order` gives items for ever, the same every time; `learn` takes one optimiser step on a minibatch and returns its
-    metrics; `measure` returns metrics on held-out rows; `write_down` is what is kept of an item whose step is skipped;
-    `save` writes the model, as far as training has come; `facts` are the lesson's own lines of the summary;
+    `planned_by` is the setting that says how many steps there are; `learn` takes one optimiser step on a minibatch and
+    returns its metrics; `measure` returns metrics on held-out rows; `write_down` is what is kept of an item whose step
+    is skipped; `save` writes the model, as far as training has come; `facts` are the lesson's own lines of the summary;
     `memory_knobs` are the settings that make it need less.
     """
 
     name: str
     engine: LocalEngine
-    order: Iterator[Item]
+    feed: Feed[Item]
     items_per_step: int
     steps: int
+    planned_by: str
     eval_every: int
     learn: Callable[[Sequence[Item]], dict[str, float]]
     measure: Callable[[], dict[str, float]]
@@ -62,8 +64,8 @@ class Lesson(Generic[Item]):
 @dataclass(frozen=True)
 class Standing:
     """How far training has come: the latest step with its metrics, whether they are written down already, the latest
-    held-out metrics and those before the first step, the steps that were skipped, and the step whose model is kept
-    where training ended for getting no better."""
+    held-out metrics and those before the first step, the steps that were skipped, where the data stand, and the step
+    whose model is kept where training ended for getting no better."""
 
     step: int
     row: Mapping[str, float]
@@ -71,6 +73,7 @@ class Standing:
     before: Mapping[str, float]
     heldout: Mapping[str, float]
     faults: Faults
+    data: Place = None
     best_step: int | None = None
 
 
@@ -103,6 +106,7 @@ class Training(Generic[Item]):
             "before": standing.before,
             "heldout": standing.heldout,
             "faults": [standing.faults.total, standing.faults.in_a_row],
+            "data": standing.data,
             "random": random_numbers(),
             "seconds": self.seconds,
             "metrics_bytes": self.folder.metrics_bytes,
@@ -115,6 +119,14 @@ def trained_part(trunk: Trunk, settings: AdapterSection | None) -> tuple[str | N
     if settings is None:
         return None, list(trunk.model.requires_grad_(True).parameters())
     return "policy", trunk.add_adapter("policy", settings)
+
+
+def planned(config: SftConfig | RewardConfig | DpoConfig, feed: Feed[Item], per_step: int) -> tuple[int, str]:
+    """Steps in all, and the setting that says so: `steps`, or passes over the items, where those are counted."""
+    if config.steps is not None:
+        return config.steps, "steps"
+    assert feed.count is not None
+    return math.ceil(config.epochs * feed.count / per_step), "epochs"
 
 
 def run_from_data(
@@ -140,6 +152,8 @@ def run_from_data(
 def sum_up(training: Training[Item], reached: Standing, seed: int) -> dict[str, Any]:
     """Save the model and write the summary."""
     lesson, folder = training.lesson, training.folder
+    for line in lesson.feed.notes(reached.data):
+        training.progress.say(line)
     with training.progress.console.status("saving the model"), writing(folder.model):
         lesson.save(folder.model, reached)
     summary = {
@@ -151,6 +165,7 @@ def sum_up(training: Training[Item], reached: Standing, seed: int) -> dict[str, 
         "seconds": training.seconds,
         **machine_record(lesson.device),
         **lesson.facts(reached),
+        **lesson.feed.facts(reached.data),
         "last_step": reached.row,
     }
     folder.write_summary(summary)
@@ -165,7 +180,7 @@ def train_from_data(training: Training[Item], standing: Standing | None) -> Stan
     lesson, keeper, signals = training.lesson, training.folder.keeper, training.signals
     standing = standing or begin(training)
     keeper.check_space(training.snapshot(standing))
-    items = islice(lesson.order, standing.step * lesson.items_per_step, None)
+    batches = lesson.feed.batches(lesson.items_per_step, standing.step, standing.data)
     with training.progress.stage(lesson.name, lesson.steps, done=standing.step) as shown:
         while True:
             if not standing.logged:
@@ -175,7 +190,8 @@ def train_from_data(training: Training[Item], standing: Standing | None) -> Stan
             keeper.boundary(training.snapshot(standing), standing.row)
             if standing.step >= lesson.steps or keeper.out_of_patience or signals.agreed():
                 break
-            standing = step(training, standing, list(islice(items, lesson.items_per_step)))
+            items, data = next(batches)
+            standing = replace(step(training, standing, items), data=data)
             keeper.mark(training.snapshot(standing))
     signals.end_if_terminating()
     keeper.save_marked()
@@ -194,14 +210,17 @@ def begin(training: Training[Item]) -> Standing:
 def take_up(lesson: Lesson[Item], snapshot: Snapshot) -> Standing:
     """Bring a model that was just loaded to where the snapshot was taken.
 
-    Raises InputError for another model's snapshot, or one of more steps than are planned.
+    Raises InputError for another model's snapshot, one of more steps than are planned, or one of data in another order.
     """
     state = snapshot.state
-    check_planned(snapshot.step, lesson.steps, "epochs")
+    lesson.feed.check(snapshot.step, state.get("data"))
+    check_planned(snapshot.step, lesson.steps, lesson.planned_by)
     lesson.engine.load_state(snapshot.under("model"))
     restore_random(snapshot.under("process"), state["random"])
     faults = Faults(*state["faults"])
-    return Standing(snapshot.step, state["row"], state["logged"], state["before"], state["heldout"], faults)
+    return Standing(
+        snapshot.step, state["row"], state["logged"], state["before"], state["heldout"], faults, state.get("data")
+    )
 
 
 def step(training: Training[Item], standing: Standing, items: Sequence[Item]) -> Standing:

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tandem.config import KlSection, PpoConfig, RewardSource, term_names
-from tandem.data.prompts import PromptLimits, read_prompts
+from tandem.data.feed import Feed
+from tandem.data.prompts import split_prompts
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
@@ -62,7 +63,7 @@ class JointStage:
     """Everything that a joint run works with."""
 
     tokenizer: PreTrainedTokenizerBase
-    prompts: Sequence[Prompt]
+    prompts: Feed[Prompt]
     heldout: Sequence[Prompt]
     models: JointModels
     reward: WeightedSum
@@ -168,25 +169,26 @@ def build(
     placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code)
     tokenizer = placement.tokenizer(config.policy.model, "policy.model")
     check_models(config, placement)
-    limits = PromptLimits(config.data.max_prompt_tokens, config.data.too_long)
-    prompts = read_all_prompts(config, tokenizer, limits, progress)
-    check_context(config, [*prompts[0], *prompts[1]])
+    prompts = split_prompts(config.data, tokenizer, config.run.seed)
+    for line in prompts.notes:
+        progress.say(line)
+    check_context(config, prompts.longest)
     with progress.console.status("loading the models"):
         models, reward_models = build_joint(config, tokenizer, placement)
     check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
     sampling = torch.Generator(device=device).manual_seed(config.run.seed)
-    engine, generator = make_sampler(config, models.policy, tokenizer, [*prompts[0], *prompts[1]], sampling, workers)
+    engine, generator = make_sampler(config, models.policy, tokenizer, prompts.longest, sampling, workers)
     terms = reward_terms(config.rewards, reward_models, functions, tokenizer)
     reward = WeightedSum(terms if workers is None else workers.spread(terms))
     if offsets is None:
-        reward = centred_on_reference(reward, config, models, tokenizer, prompts[0], progress)
+        reward = centred_on_reference(reward, config, models, tokenizer, prompts.train.sample, progress)
     else:
         reward = reward.with_offsets(offsets)
     return JointStage(
         tokenizer=tokenizer,
-        prompts=prompts[0],
-        heldout=prompts[1],
+        prompts=prompts.train,
+        heldout=prompts.heldout,
         models=models,
         reward=reward,
         reward_models=reward_models,
@@ -205,7 +207,7 @@ def make_sampler(
     config: PpoConfig,
     policy: CausalPolicy,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    longest_prompt: int,
     random: torch.Generator,
     workers: Workers | None,
 ) -> tuple[VllmEngine | None, Generator]:
@@ -213,8 +215,7 @@ def make_sampler(
     if workers is not None:
         return None, workers.generator(random)
     if config.rollout.generator == "vllm":
-        longest = max(len(prompt.ids) for prompt in prompts) + config.rollout.max_new_tokens
-        engine = make_engine(policy, config, longest)
+        engine = make_engine(policy, config, longest_prompt + config.rollout.max_new_tokens)
         return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
     if config.rollout.staleness:
         copy = policy.own_copy()
@@ -279,28 +280,6 @@ def centred_on_reference(
     return centred
 
 
-def read_all_prompts(
-    config: PpoConfig, tokenizer: PreTrainedTokenizerBase, limits: PromptLimits, progress: Progress
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and held-out ones."""
-    found: list[list[Prompt]] = []
-    data = config.data
-    for source, key, split in (
-        (data.prompts, "data.prompts", data.split),
-        (data.eval_prompts, "data.eval_prompts", data.eval_split),
-    ):
-        if source is None:
-            found.append([])
-            continue
-        prompts, dropped = read_prompts(source, key, split, data.columns, tokenizer, limits)
-        if dropped:
-            progress.say(
-                f"{key}: {dropped} prompts were dropped for being longer than {limits.max_prompt_tokens} tokens."
-            )
-        found.append(prompts)
-    return found[0], found[1]
-
-
 def check_models(config: PpoConfig, placement: Placement) -> None:
     """Raises InputError for what can be told of the models before data or weights are read."""
     trust = placement.trust_remote_code
@@ -317,9 +296,8 @@ def check_models(config: PpoConfig, placement: Placement) -> None:
             )
 
 
-def check_context(config: PpoConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises InputError where prompt and response together do not fit the policy or the value model."""
-    longest = max(len(prompt.ids) for prompt in prompts)
+def check_context(config: PpoConfig, longest: int) -> None:
+    """Raises InputError where the longest prompt and response together do not fit the policy or the value model."""
     readers = {"policy.model": config.policy.model}
     if config.value.start == "reward":
         readers["the value model"] = next(source.model for source in config.rewards if source.model)
@@ -327,7 +305,7 @@ def check_context(config: PpoConfig, prompts: Sequence[Prompt]) -> None:
         limit = positions(read_config(source, name, config.compute.trust_remote_code))
         if limit is not None and longest + config.rollout.max_new_tokens > limit:
             raise InputError(
-                f"the longest prompt has {longest} tokens and rollout.max_new_tokens is "
+                f"prompts have up to {longest} tokens and rollout.max_new_tokens is "
                 f"{config.rollout.max_new_tokens}, together more than the {limit} that {name} reads; lower "
                 'data.max_prompt_tokens with data.too_long = "drop", or rollout.max_new_tokens.'
             )

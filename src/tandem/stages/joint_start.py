@@ -40,7 +40,7 @@ def check_start(stage: JointStage, config: PpoConfig) -> StartGaps:
     Raises InputError where the reward does not, and RunError where log-probabilities differ by more than 1e-4 nats a
     token in float32, or 0.1 on average in bfloat16.
     """
-    prompts = sorted(stage.prompts, key=lambda prompt: len(prompt.ids))
+    prompts = sorted(stage.prompts.sample, key=lambda prompt: len(prompt.ids))
     chosen = [prompts[0], prompts[len(prompts) // 2], prompts[-1]]
     rollouts = stage.fresh_generator(config).generate(chosen)
     try_rewards(stage.reward, rollouts)

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.data.examples import as_read, as_written, read_examples, read_pairs
-from tandem.data.prompts import PromptLimits
+from tandem.data.prompts import split_prompts
 from tandem.errors import InputError
 from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
 from tandem.models.sharing import Placement
 from tandem.models.source import check_length, read_config
 from tandem.pipeline_config import PipelineConfig
 from tandem.rewards.function import load_function
-from tandem.run import Progress
-from tandem.stages.joint_setup import check_context, check_models, read_all_prompts
+from tandem.stages.joint_setup import check_context, check_models
 
 
 def look_ahead(config: PipelineConfig, stages: Sequence[str]) -> None:
@@ -55,13 +52,11 @@ def of_stage(stage: str, resumable: Path | None = None) -> Iterator[None]:
 
 
 def _longest(recipe: SftConfig | RewardConfig | DpoConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest row that trains or is held out."""
+    """Tokens of the longest row that trains or is held out, at most."""
     if isinstance(recipe, SftConfig):
-        examples = read_examples(recipe.data, tokenizer, recipe.run.seed)
-        return max(len(example.ids) for example in chain(examples.train, examples.heldout))
+        return read_examples(recipe.data, tokenizer, recipe.run.seed).longest
     read = as_written if isinstance(recipe, DpoConfig) else as_read
-    pairs = read_pairs(recipe.data, tokenizer, recipe.run.seed, read)
-    return max(len(side.ids) for pair in chain(pairs.train, pairs.heldout) for side in (pair.chosen, pair.rejected))
+    return read_pairs(recipe.data, tokenizer, recipe.run.seed, read).longest
 
 
 def _look_at_joint(recipe: PpoConfig, config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -80,6 +75,4 @@ def _look_at_joint(recipe: PpoConfig, config: PipelineConfig, tokenizer: PreTrai
     device, compute = pick_device(recipe.compute.device), recipe.compute
     dtype = pick_dtype(compute.precision, device)
     check_models(as_base, Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code))
-    limits, unheard = PromptLimits(recipe.data.max_prompt_tokens, recipe.data.too_long), Progress(Console(quiet=True))
-    prompts = read_all_prompts(as_base, tokenizer, limits, unheard)
-    check_context(as_base, [*prompts[0], *prompts[1]])
+    check_context(as_base, split_prompts(recipe.data, tokenizer, recipe.run.seed).longest)

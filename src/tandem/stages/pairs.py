@@ -68,11 +68,3 @@ def _together(pairs: Sequence[Pair]) -> Together:
     margins = torch.tensor([pair.margin for pair in pairs])
     longer_by = torch.tensor([pair.chosen.length - pair.rejected.length for pair in pairs])
     return Together(answers, torch.tensor(chosen), torch.tensor(rejected), margins, longer_by)
-
-
-def by_prompt(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs that answer the same prompt, side by side."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.prompt, []).append(pair)
-    return list(groups.values())

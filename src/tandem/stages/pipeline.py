@@ -161,11 +161,16 @@ class Standing:
     @property
     def goes_on(self) -> bool:
         """Whether its run can be gone on with: by whatever its own --resume takes, a finished one by more steps."""
-        longer = all(one.name in ("steps", "epochs") and one.now > one.before for one in self.told)
-        return self.begun and not self.given and (longer or not self.finished)
+        return self.begun and not self.given and (all(map(plans_more, self.told)) or not self.finished)
 
     def changes(self) -> str:
         return "; ".join([*map(str, self.told), *(f"{name} has other content" for name in self.given)])
+
+
+def plans_more(one: Changed) -> bool:
+    """Whether a setting only lets a run take more steps than before."""
+    known = isinstance(one.now, int | float) and isinstance(one.before, int | float)
+    return one.name in ("steps", "epochs") and known and one.now > one.before
 
 
 def run_stage(stage: str, config: PipelineConfig, path: Path, progress: Progress) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from tandem.run.signals import Signals
 from tandem.stages.finite import check_scores
 from tandem.stages.joint_setup import JointStage, Workers, build
 from tandem.stages.joint_start import StartGaps, check_start
-from tandem.stages.sampling import Sampled, batches, meanwhile, repeat, send_weights
+from tandem.stages.sampling import InTurn, Sampled, batches, meanwhile, repeat, send_weights
 from tandem.stages.saved_rollouts import (
     SavedRollout,
     as_scored,
@@ -123,7 +122,7 @@ def begin(run: JointRun, saved: Sequence[SavedRollout]) -> Standing:
 def train(run: JointRun, standing: Standing) -> Standing:
     """Step after step, until all are done or an end is asked for."""
     config, keeper = run.config, run.folder.keeper
-    prompts = pairwise(batches(run.stage.prompts, config, standing.state.step))
+    prompts = InTurn(batches(run.stage.prompts, config, standing.state.step, standing.data))
     planned = config.steps + (config.value.warmup.steps if config.value.warmup else 0)
     with run.progress.stage("PPO", planned, done=standing.state.step) as shown:
         while True:
@@ -133,8 +132,9 @@ def train(run: JointRun, standing: Standing) -> Standing:
             keeper.boundary(run.snapshot(standing), standing.row)
             if standing.state.finished or keeper.out_of_patience or run.unwell or run.signals.agreed():
                 break
-            state, row, ahead = step(run, standing, *next(prompts))
-            standing = replace(standing, state=state, row=row, logged=False, ahead=ahead)
+            own, data = prompts.next()
+            state, row, ahead = step(run, standing, own, lambda: prompts.following()[0])
+            standing = replace(standing, state=state, row=row, logged=False, ahead=ahead, data=data)
             keeper.mark(run.snapshot(standing))
     run.signals.end_if_terminating()
     keeper.save_marked()
@@ -149,7 +149,7 @@ def back_to_best(run: JointRun) -> int:
 
 
 def step(
-    run: JointRun, standing: Standing, prompts: Sequence[Prompt], following: Sequence[Prompt]
+    run: JointRun, standing: Standing, prompts: Sequence[Prompt], following: Callable[[], Sequence[Prompt]]
 ) -> tuple[JointState, dict[str, float], Sampled | None]:
     """Sample, score, judge, learn: one joint step, the state after it, its metrics, and what was sampled ahead."""
     clock, done, workers = Clock(), standing.state.step, run.stage.workers
@@ -184,7 +184,7 @@ def generate(run: JointRun, prompts: Sequence[Prompt], number: int) -> Sampled:
 
 @contextmanager
 def sampled_ahead(
-    run: JointRun, state: JointState, prompts: Sequence[Prompt], clock: Clock
+    run: JointRun, state: JointState, following: Callable[[], Sequence[Prompt]], clock: Clock
 ) -> Iterator[Future[Sampled] | None]:
     """Within it, with a staleness of 1, the next step's responses are sampled from the policy as it is at its start.
 
@@ -193,7 +193,7 @@ def sampled_ahead(
     if run.config.rollout.staleness == 0 or state.at_last_step:
         yield None
         return
-    generator = run.stage.generator
+    generator, prompts = run.stage.generator, following()
     with clock("weight_sync"):
         send_weights(run.stage.models.policy, generator, state.step)
     with meanwhile(lambda: generate(run, prompts, state.step + 2), give_up=generator.stop) as sampled:
@@ -275,6 +275,8 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
     else:
         with run.signals.may_give_up():
             heldout_after = evaluate_heldout(run, "after", state)
+    for line in stage.prompts.notes(standing.data):
+        run.progress.say(line)
     with run.progress.console.status("saving the models"), writing(run.folder.path):
         stage.save(run.folder)
     summary = {
@@ -293,6 +295,7 @@ def finish(run: JointRun, standing: Standing) -> dict[str, Any]:
         "value_pretraining": standing.begun["value_pretraining"],
         "health": [finding.as_record() for finding in run.watch.findings],
         "state": state.as_record(),
+        **stage.prompts.facts(standing.data),
         "reward_models": {
             name: model.card and model.card.heldout_accuracy for name, model in stage.reward_models.items()
         },

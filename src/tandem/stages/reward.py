@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem import algo
 from tandem.config import RewardConfig
-from tandem.data.examples import Pair, SplitRows, as_read, endless_order, read_pairs
+from tandem.data.examples import Pair, as_read, read_pairs
+from tandem.data.feed import SplitRows
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.cards import RewardCard, make_probes, write_card
 from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
@@ -25,8 +25,8 @@ from tandem.models.source import check_length, read_config
 from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
-from tandem.stages.from_data import Lesson, run_from_data
-from tandem.stages.pairs import by_prompt, own_parts
+from tandem.stages.from_data import Lesson, planned, run_from_data
+from tandem.stages.pairs import own_parts
 from tandem.stages.together import of_all
 from tandem.world import world
 
@@ -46,26 +46,27 @@ def prepare(config: RewardConfig, progress: Progress) -> Lesson[Pair]:
     trust = config.compute.trust_remote_code
     tokenizer = load_tokenizer(config.model, "model", trust)
     rows = read_pairs(config.data, tokenizer, config.run.seed, as_read)
-    for line in rows.report():
+    for line in rows.notes:
         progress.say(line)
-    answers = (answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected))
-    check_length(read_config(config.model, "model", trust), max(len(answer.ids) for answer in answers), "model")
+    check_length(read_config(config.model, "model", trust), rows.longest, "model")
     with progress.console.status("loading the model"):
         learner = build(config, device)
     engine, budget = learner.engine(config), config.compute.tokens_per_microbatch
+    steps, planned_by = planned(config, rows.train, config.pairs_per_minibatch)
     return Lesson(
         name="reward model",
         engine=engine,
-        order=endless_order(by_prompt(rows.train), torch.Generator().manual_seed(config.run.seed)),
+        feed=rows.train,
         items_per_step=config.pairs_per_minibatch,
-        steps=math.ceil(config.epochs * len(rows.train) / config.pairs_per_minibatch),
+        steps=steps,
+        planned_by=planned_by,
         eval_every=config.eval_every,
         learn=lambda pairs: train_on(learner, pairs, engine, config),
         measure=lambda: measure_heldout(learner, rows.heldout, budget),
         write_down=asdict,
         save=lambda folder, reached: save(learner, config, tokenizer, rows, reached.heldout, folder, progress),
         facts=lambda reached: {
-            "train_pairs": len(rows.train),
+            "train_pairs": rows.train.count,
             "heldout_accuracy": reached.heldout.get("heldout/accuracy"),
             "heldout_pairs": len(rows.heldout),
             "heldout": {"before": reached.before, "after": reached.heldout},
@@ -210,7 +211,7 @@ def save(
     """The model and its card, with what is known against it."""
     save_scalar(learner.model, tokenizer, folder)
     scorer = DecoderScorer(learner.model, config.compute.tokens_per_microbatch)
-    probes = make_probes(scorer, [pair.chosen.ids for pair in (rows.heldout or rows.train)[:4]])
+    probes = make_probes(scorer, [pair.chosen.ids for pair in (rows.heldout or rows.train.sample)[:4]])
     card = RewardCard(
         base=config.model,
         heldout_accuracy=heldout.get("heldout/accuracy"),

@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tandem.config import PpoConfig, SamplingSection, VllmSection
-from tandem.data.prompts import prompt_batches
+from tandem.data.feed import Feed, Place
 from tandem.models.causal import CausalPolicy
 from tandem.rollout import Generator, TorchGenerator, VllmEngine, VllmGenerator
 from tandem.text import decoder
@@ -60,10 +59,26 @@ def restored(
     )
 
 
-def batches(prompts: Sequence[Prompt], config: PpoConfig, done: int) -> Iterator[list[Prompt]]:
-    """The prompts of each step after so many, each repeated for its several responses."""
-    for batch in islice(prompt_batches(prompts, config.rollout.prompts_per_step, config.run.seed), done, None):
-        yield repeat(batch, config.rollout.responses_per_prompt)
+def batches(prompts: Feed[Prompt], config: PpoConfig, done: int, place: Place) -> Iterator[tuple[list[Prompt], Place]]:
+    """The prompts of each step after so many, each repeated for its several responses, and the place after them."""
+    for batch, after in prompts.batches(config.rollout.prompts_per_step, done, place):
+        yield repeat(batch, config.rollout.responses_per_prompt), after
+
+
+class InTurn(Generic[T]):
+    """Things one after the other, and a look at the one that follows, which is made only for one who looks."""
+
+    def __init__(self, things: Iterator[T]) -> None:
+        self._things = things
+        self._seen: list[T] = []
+
+    def next(self) -> T:
+        return self._seen.pop() if self._seen else next(self._things)
+
+    def following(self) -> T:
+        if not self._seen:
+            self._seen.append(next(self._things))
+        return self._seen[0]
 
 
 def repeat(prompts: Sequence[Prompt], times: int) -> list[Prompt]:

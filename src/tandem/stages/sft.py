@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from tandem import algo
 from tandem.config import SftConfig
-from tandem.data.examples import Example, endless_order, read_examples
+from tandem.data.examples import Example, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
@@ -22,7 +21,7 @@ from tandem.models.trunk import Trunk
 from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
-from tandem.stages.from_data import Lesson, run_from_data, trained_part
+from tandem.stages.from_data import Lesson, planned, run_from_data, trained_part
 from tandem.stages.together import of_all
 from tandem.types import whole_texts
 from tandem.world import world
@@ -42,29 +41,29 @@ def prepare(config: SftConfig, progress: Progress) -> Lesson[Example]:
     trust = config.compute.trust_remote_code
     tokenizer = load_tokenizer(config.model, "model", trust)
     rows = read_examples(config.data, tokenizer, config.run.seed)
-    for line in rows.report():
+    for line in rows.notes:
         progress.say(line)
-    longest = max(len(example.ids) for example in [*rows.train, *rows.heldout])
-    check_length(read_config(config.model, "model", trust), longest, "model")
+    check_length(read_config(config.model, "model", trust), rows.longest, "model")
     with progress.console.status("loading the model"):
         trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device, trust))
     adapter, parameters = trained_part(trunk, config.adapters)
     model, budget = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter), config.compute.tokens_per_microbatch
     engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer)
-    order = endless_order([[example] for example in rows.train], torch.Generator().manual_seed(config.run.seed))
+    steps, planned_by = planned(config, rows.train, config.sequences_per_minibatch)
     return Lesson(
         name="SFT",
         engine=engine,
-        order=order,
+        feed=rows.train,
         items_per_step=config.sequences_per_minibatch,
-        steps=math.ceil(config.epochs * len(rows.train) / config.sequences_per_minibatch),
+        steps=steps,
+        planned_by=planned_by,
         eval_every=config.eval_every,
         learn=lambda examples: train_on(model, examples, engine, budget),
         measure=lambda: measure_heldout(model, rows.heldout, budget),
         write_down=asdict,
         save=lambda folder, _: save_policy(trunk, adapter, tokenizer, folder),
         facts=lambda reached: {
-            "train_rows": len(rows.train),
+            "train_rows": rows.train.count,
             "heldout": {"rows": len(rows.heldout), "before": reached.before, "after": reached.heldout},
         },
         headline=["loss"],

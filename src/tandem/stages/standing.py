@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tandem.config import PpoConfig
+from tandem.data.feed import Place
 from tandem.run.checkpoints import Snapshot
 from tandem.run.random_state import random_numbers, random_tensors, restore_random
 from tandem.run.start import check_planned
@@ -24,7 +25,7 @@ class Standing:
 
     `row` holds the metrics of the latest step, `logged` whether they are written down already; `begun` is what was
     measured before the first step; `ahead` are the next step's responses, where they were sampled while the latest step
-    trained.
+    trained; `data` is where the prompts stand.
     """
 
     state: JointState
@@ -32,6 +33,7 @@ class Standing:
     logged: bool
     begun: Mapping[str, Any]
     ahead: Sampled | None = None
+    data: Place = None
 
 
 def snapshot_of(stage: JointStage, standing: Standing, metrics_bytes: int, seconds: float) -> Snapshot:
@@ -50,6 +52,7 @@ def snapshot_of(stage: JointStage, standing: Standing, metrics_bytes: int, secon
             "logged": standing.logged,
             "begun": standing.begun,
             "ahead": standing.ahead.version if standing.ahead else None,
+            "data": standing.data,
             "seconds": seconds,
             "value_units": stage.value_units,
             "offsets": stage.reward.offsets,
@@ -62,9 +65,11 @@ def snapshot_of(stage: JointStage, standing: Standing, metrics_bytes: int, secon
 def take_up(stage: JointStage, config: PpoConfig, snapshot: Snapshot) -> Standing:
     """Bring a run that was just put together to where the snapshot was taken.
 
-    Raises InputError where the recipe is of other models, or plans fewer steps than are done.
+    Raises InputError where the recipe is of other models or of prompts in another order, or plans fewer steps than are
+    done.
     """
     state = snapshot.state
+    stage.prompts.check(snapshot.step, state.get("data"))
     check_planned(state["state"]["course"]["done"], config.steps, "steps")
     for name, engine in stage.engines.items():
         engine.load_state(snapshot.under(name))
@@ -72,11 +77,11 @@ def take_up(stage: JointStage, config: PpoConfig, snapshot: Snapshot) -> Standin
         random.set_state(snapshot.tensors[f"random/{name}"])
     stage.set_value_units(*state["value_units"])
     restore_random(snapshot.under("process"), state["random"])
-    now, ahead = restored_state(config, state["state"]), None
+    now, ahead, data = restored_state(config, state["state"]), None, state.get("data")
     if state.get("ahead") is not None:
-        prompts = next(batches(stage.prompts, config, now.step))
+        prompts, _ = next(batches(stage.prompts, config, now.step, data))
         ahead = restored(snapshot.under("ahead"), prompts, state["ahead"], decoder(stage.tokenizer))
-    return Standing(now, state["row"], state["logged"], state["begun"], ahead)
+    return Standing(now, state["row"], state["logged"], state["begun"], ahead, data)
 
 
 def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
