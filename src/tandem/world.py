@@ -115,6 +115,20 @@ class World:
             raise fault
         return made
 
+    def each(self, make: Callable[[], Found]) -> Found:
+        """What this process makes; what any of them raises is raised by all, the lowest rank's first."""
+        if self.alone:
+            return make()
+        fault: Exception | None = None
+        try:
+            made = make()
+        except Exception as error:
+            fault = _told(error)
+        for told in self.gather(fault):
+            if told is not None:
+                raise told
+        return made
+
     def wait_for_all(self) -> None:
         """Until every process has come here."""
         if not self.alone:

@@ -34,10 +34,11 @@ class Trunk:
     """Hidden states of a Hugging Face causal decoder.
 
     `model` is the whole model, head included; only its decoder is used here. Where several processes train together
-    its weights are cut over them; the weights of adapters, which are small, every process has whole.
+    its weights are cut over them; the weights of adapters, which are small, every process has whole. A model without
+    weights, on the meta device, is given them by `read` once it is cut.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, read: Callable[[], None] | None = None) -> None:
         self.model = model
         self.decoder: Any = model.base_model
         self._parent, self._blocks_name, self._blocks = _blocks_of(
@@ -52,6 +53,8 @@ class Trunk:
             for block in self._blocks:
                 block.forward = self._computed_again(block.forward)
         self._whole = None if world().alone else shard(model, self._blocks, world())
+        if read is not None:
+            read()
         self._lora_layers: list[Any] = []
         self._lora_configs: dict[str, LoraConfig] = {}
 

@@ -15,10 +15,10 @@ from tandem.config import DpoConfig
 from tandem.data.examples import Answered, Pair, as_written, endless_order, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
 from tandem.models.source import check_length, read_config
-from tandem.models.trunk import Trunk
+from tandem.models.unread import load_trunk
 from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
@@ -47,7 +47,8 @@ def prepare(config: DpoConfig, progress: Progress) -> Lesson[Pair]:
     answers = [answer for pair in [*rows.train, *rows.heldout] for answer in (pair.chosen, pair.rejected)]
     check_length(read_config(config.model, "model", trust), max(len(answer.ids) for answer in answers), "model")
     with progress.console.status("loading the model"):
-        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device, trust))
+        dtype = pick_dtype(config.compute.precision, device)
+        trunk = load_trunk(config.model, "model", dtype, device, trust, progress.say)
     adapter, parameters = trained_part(trunk, config.adapters)
     policy = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter)
     with progress.console.status("log-probabilities of the reference"):

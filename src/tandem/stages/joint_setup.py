@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,8 @@ def build(config: PpoConfig, progress: Progress, offsets: Mapping[str, float] | 
         check_installed()
     device, compute = pick_device(config.compute.device), config.compute
     dtype = pick_dtype(compute.precision, device)
-    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code)
+    say_once = cache(progress.say)
+    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, say_once)
     tokenizer = placement.tokenizer(config.policy.model, "policy.model")
     check_models(config, placement)
     limits = PromptLimits(config.data.max_prompt_tokens, config.data.too_long)

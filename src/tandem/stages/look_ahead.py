@@ -79,7 +79,8 @@ def _look_at_joint(recipe: PpoConfig, config: PipelineConfig, tokenizer: PreTrai
             load_function(source.function)
     device, compute = pick_device(recipe.compute.device), recipe.compute
     dtype = pick_dtype(compute.precision, device)
-    check_models(as_base, Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code))
     limits, unheard = PromptLimits(recipe.data.max_prompt_tokens, recipe.data.too_long), Progress(Console(quiet=True))
+    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, unheard.say)
+    check_models(as_base, placement)
     prompts = read_all_prompts(as_base, tokenizer, limits, unheard)
     check_context(as_base, [*prompts[0], *prompts[1]])

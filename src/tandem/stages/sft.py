@@ -15,10 +15,10 @@ from tandem.config import SftConfig
 from tandem.data.examples import Example, endless_order, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
 from tandem.models.source import check_length, read_config
-from tandem.models.trunk import Trunk
+from tandem.models.unread import load_trunk
 from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
@@ -47,7 +47,8 @@ def prepare(config: SftConfig, progress: Progress) -> Lesson[Example]:
     longest = max(len(example.ids) for example in [*rows.train, *rows.heldout])
     check_length(read_config(config.model, "model", trust), longest, "model")
     with progress.console.status("loading the model"):
-        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device, trust))
+        dtype = pick_dtype(config.compute.precision, device)
+        trunk = load_trunk(config.model, "model", dtype, device, trust, progress.say)
     adapter, parameters = trained_part(trunk, config.adapters)
     model, budget = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter), config.compute.tokens_per_microbatch
     engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer)

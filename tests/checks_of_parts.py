@@ -1,0 +1,133 @@
+"""What is checked within each of several processes: that it holds its part of a model, and never much more."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tandem.config import AdapterSection
+from tandem.errors import InputError
+from tandem.models import shards, trunk
+from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
+from tandem.models.loading import load_tokenizer
+from tandem.models.saving import save_policy
+from tandem.models.shards import whole_tensor
+from tandem.models.trunk import Trunk
+from tandem.models.unread import load_trunk
+from tandem.world import join, leave
+
+CPU = torch.device("cpu")
+
+
+def loaded(path: str, say: Callable[[str], Any] = pytest.fail, dtype: torch.dtype = torch.float32) -> Trunk:
+    return load_trunk(path, "model", dtype, CPU, False, say)
+
+
+def names_of_tensors(model: torch.nn.Module) -> list[list[str]]:
+    """The names of each tensor: several where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def parts_are_those_of_the_whole(*models: str) -> None:
+    for path in models:
+        for dtype in (torch.float32, torch.bfloat16):
+            found, expected = loaded(path, dtype=dtype).model, AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            assert names_of_tensors(found) == names_of_tensors(expected)
+            own = [*found.state_dict().items(), *found.named_buffers()]
+            for (name, part), (other, tensor) in zip(
+                own, [*expected.state_dict().items(), *expected.named_buffers()], strict=True
+            ):
+                assert name == other
+                assert torch.equal(whole_tensor(part), tensor.to(part.dtype)), (path, name)
+            assert found.generation_config.to_dict() == expected.generation_config.to_dict()
+
+
+def others_are_read_whole(*models: str) -> None:
+    for path in models:
+        said: list[str] = []
+        policy = CausalPolicy(loaded(path, said.append), FULL_DISTRIBUTION)
+        assert len(said) == 1
+        assert "every process reads the whole model" in said[0]
+        expected = AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for name, tensor in policy.weights():
+            assert torch.equal(tensor, expected[name]), (path, name)
+
+
+def all_refuse_what_one_cannot_use(path: str) -> None:
+    """A number that is not finite stands in the last process's part."""
+    with pytest.raises(InputError, match="not finite"):
+        loaded(path)
+
+
+def loading_needs_its_part_only(path: str) -> None:
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    if sys.platform == "linux":
+        grown, kept = peak_growth(lambda: loaded(path))
+        assert grown < 0.75 * size, (grown, size)
+        del kept
+
+
+def peak_growth(work: Callable[[], Any]) -> tuple[int, Any]:
+    """The most bytes that this process had in memory at once while it worked, less those before, and what it made."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_line("VmRSS")
+    made = work()
+    return memory_line("VmHWM") - before, made
+
+
+def memory_line(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def one_weight_is_gathered_at_a_time(path: str, folder: str) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def gathered(tensor: Tensor) -> Tensor:
+        before = [one for one in alive if one() is not None]
+        assert len(before) <= 1, "the one before the one at hand is still there"
+        whole = whole_tensor(tensor)
+        alive[:] = [*before, weakref.ref(whole)]
+        return whole
+
+    model = loaded(path)
+    model.add_adapter("policy", AdapterSection(rank=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trunk, "whole_tensor", gathered)
+        patch.setattr(shards, "gathered", pytest.fail)
+        for _ in CausalPolicy(model, FULL_DISTRIBUTION, "policy").weights():
+            pass
+        save_policy(model, "policy", load_tokenizer(path, "model"), Path(folder))
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        parts_are_those_of_the_whole,
+        others_are_read_whole,
+        all_refuse_what_one_cannot_use,
+        loading_needs_its_part_only,
+        one_weight_is_gathered_at_a_time,
+    )
+}
+
+
+def check(words: Sequence[str]) -> int:
+    """Do the check that the first word names, with the others; in every process at once."""
+    join("cpu", replicate=1, checkpointing=False)
+    CHECKS[words[0]](*words[1:])
+    leave()
+    return 0
