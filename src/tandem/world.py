@@ -181,11 +181,10 @@ def join(device: str, replicate: int, checkpointing: bool) -> World:
         world_size=size,
         timeout=timedelta(hours=2),
     )
-    shape, names = (size,), ("shard",)
     mesh = (
-        init_device_mesh(device, shape, mesh_dim_names=names)
+        init_device_mesh(device, (size,), mesh_dim_names=("fsdp",))
         if replicate == 1
-        else init_device_mesh(device, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
+        else init_device_mesh(device, (replicate, size // replicate), mesh_dim_names=("replicate", "fsdp"))
     )
     _world = World(rank(), size, replicate, checkpointing, mesh)
     return _world

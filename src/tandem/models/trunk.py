@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -103,8 +103,9 @@ class Trunk:
         first = self._first_layers[name] = len(self._blocks) - upper
         targets = [name for block in self._linear_names[first:] for name in block]
         self._lora_configs[name] = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
-        # peft reads the matrices' shapes off their weights.
-        with self.gathered(), warnings.catch_warnings():
+        # peft knows the shape of a matrix that is cut over a mesh named "fsdp" alone; with copies it must see it whole.
+        shapes_known = nullcontext() if world().replicate == 1 else self.gathered()
+        with shapes_known, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(self._lora_configs[name], self.model, adapter_name=name)
@@ -255,7 +256,6 @@ class Trunk:
         state = get_peft_model_state_dict(self.model, adapter_name=name)
         return self._lora_configs[name], {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
 
-    @torch.no_grad()
     def merged_weights(self, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
         """The whole model's weights with an adapter folded in, one by one, under the names of the model without LoRA.
 
@@ -264,20 +264,26 @@ class Trunk:
         """
         names = {id(module): name for name, module in self.model.named_modules()}
         carrying = {f"{names[id(layer)]}.weight": layer for layer in self._lora_layers if adapter in layer.lora_A}
-        for name, tensor in self.model.state_dict().items():
-            if ".lora_" in name:
-                continue
-            plain, tensor = name.replace(".base_layer", ""), whole_tensor(tensor)
-            layer = carrying.get(plain)
-            if layer is not None:
-                tensor = (tensor.float() + layer.get_delta_weight(adapter).float()).to(tensor.dtype)
-            yield plain, tensor
+        for name, part in self._own_weights().items():
+            layer = carrying.get(name)
+            if layer is None:
+                yield name, whole_tensor(part)
+            else:
+                yield name, _with_adapter(whole_tensor(part), layer, adapter)
 
-    def merged_state(self, adapter: str | None) -> dict[str, Tensor]:
-        """All of `merged_weights` at once; where several processes share the model, the first has them and no other."""
-        if world().alone:
-            return dict(self.merged_weights(adapter))
-        return {name: tensor.cpu() for name, tensor in self.merged_weights(adapter) if world().first}
+    def weight_names(self) -> list[str]:
+        """The names of `merged_weights`, in their order."""
+        return list(self._own_weights())
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """The model's tensors as this process holds them, without adapters, under the names of a model without LoRA."""
+        state = self.model.state_dict().items()
+        return {name.replace(".base_layer", ""): tensor for name, tensor in state if ".lora_" not in name}
+
+
+@torch.no_grad()
+def _with_adapter(weight: Tensor, layer: Any, adapter: str | None) -> Tensor:
+    return (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)
 
 
 class _Skip(nn.Module):
