@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tandem.config import AdapterSection
+from tandem.config import AdapterSection, SamplingSection
 from tandem.errors import InputError
 from tandem.models import trunk
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
@@ -24,7 +24,10 @@ from tandem.models.saving import save_policy
 from tandem.models.shards import whole_tensor
 from tandem.models.trunk import Trunk
 from tandem.models.unread import load_trunk
-from tandem.world import join, leave
+from tandem.stages import sampling
+from tandem.stages.sampling import make_generator
+from tandem.types import Prompt, Rollout
+from tandem.world import join, leave, world
 
 CPU = torch.device("cpu")
 
@@ -76,7 +79,6 @@ def loading_needs_its_part_only(path: str) -> None:
     size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     if sys.platform == "linux":
         grown, kept = peak_growth(lambda: loaded(path))
-        print("GROWN", grown / size)
         assert grown < 0.75 * size, (grown, size)
         del kept
 
@@ -115,6 +117,24 @@ def one_weight_is_gathered_at_a_time(path: str, folder: str) -> None:
     assert len(alive) == 2 * streamed > 0
 
 
+def sampling_by_layer_is_sampling_from_the_whole(path: str) -> None:
+    """Where one process alone has too little memory, all sample by layer, also one that has no prompt of its own."""
+    policy, tokenizer = CausalPolicy(loaded(path), FULL_DISTRIBUTION), load_tokenizer(path, "model")
+    prompts = [Prompt(tuple(range(5, 5 + length)), "", None, {}) for length in (2, 9, 4, 4, 3)]
+
+    def sampled(count: int) -> list[Rollout]:
+        settings = SamplingSection(max_new_tokens=6, sequences_per_batch=2)
+        random = torch.Generator().manual_seed(1)
+        return make_generator(policy, tokenizer, settings, random).generate(prompts[:count])
+
+    expected = {count: sampled(count) for count in (1, 5)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "free_memory", lambda _: 1.0 if world().first else float("inf"))
+        patch.setattr(trunk, "gathered", lambda _: pytest.fail("the whole model is gathered"))
+        for count, rollouts in expected.items():
+            assert sampled(count) == rollouts
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -123,6 +143,7 @@ CHECKS = {
         all_refuse_what_one_cannot_use,
         loading_needs_its_part_only,
         one_weight_is_gathered_at_a_time,
+        sampling_by_layer_is_sampling_from_the_whole,
     )
 }
 

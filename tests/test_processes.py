@@ -80,7 +80,10 @@ SHARING = {
 }
 
 
-ONLY_IN_TWO = {"replicated": ("sft", ["--parallel.replicate=2"])}
+ONLY_IN_TWO = {
+    "replicated": ("sft", ["--parallel.replicate=2"]),
+    "by_layer": ("adapters", ["--rollout.gather=layer"]),
+}
 """Runs that only several processes can make, by the run of one process that they must equal."""
 
 

@@ -112,7 +112,7 @@ class JointStage:
         policy, tokenizer = self.models.policy, self.tokenizer
         random = torch.Generator(device=self.placement.device).manual_seed(config.run.seed + 1)
         if self.engine is None:
-            return make_generator(policy, tokenizer, config.rollout, random)
+            return make_generator(policy, tokenizer, config.rollout, random, gather=config.rollout.gather)
         generator = VllmGenerator(self.engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
         send_weights(policy, generator, version=0)
         return generator
@@ -180,7 +180,9 @@ def make_sampler(
         longest = max(len(prompt.ids) for prompt in prompts) + config.rollout.max_new_tokens
         engine = make_engine(policy, config, longest)
         return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
-    return None, make_generator(policy, tokenizer, config.rollout, random, copies=config.rollout.staleness > 0)
+    rollout = config.rollout
+    copies = rollout.staleness > 0
+    return None, make_generator(policy, tokenizer, rollout, random, copies=copies, gather=rollout.gather)
 
 
 def reward_terms(
@@ -230,7 +232,7 @@ def centred_on_reference(
     if not names:
         return reward
     sampling = torch.Generator(device=models.policy.device).manual_seed(config.run.seed + 2)
-    generator = make_generator(models.policy, tokenizer, config.rollout, sampling)
+    generator = make_generator(models.policy, tokenizer, config.rollout, sampling, gather=config.rollout.gather)
     count = config.score.reference_samples
     rollouts = generator.generate(random.Random(config.run.seed).choices(prompts, k=count))
     with refused_before_training():

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from tandem.config import PpoConfig, SamplingSection, VllmSection
 from tandem.data.prompts import prompt_batches
 from tandem.models.causal import CausalPolicy
-from tandem.rollout import Generator, TorchGenerator, VllmEngine, VllmGenerator
+from tandem.rollout import Generator, InStep, TorchGenerator, VllmEngine, VllmGenerator
+from tandem.run.machine import free_memory
 from tandem.text import decoder
 from tandem.types import Prompt, Rollout
+from tandem.world import world
 
 T = TypeVar("T")
 
@@ -77,11 +79,16 @@ def make_generator(
     random: torch.Generator,
     *,
     copies: bool = False,
+    gather: str = "auto",
 ) -> TorchGenerator:
-    """One that samples from the policy itself, or from a copy of it, so that it can while the policy trains."""
+    """One that samples from the policy itself, or from a copy of it, so that it can while the policy trains.
+
+    `gather` is `rollout.gather`, for processes that share the policy.
+    """
     sampler = policy.own_copy() if copies else policy
+    by_layer = {"model": lambda: False, "layer": lambda: True, "auto": lambda: is_too_large_to_gather(policy)}[gather]
     return TorchGenerator(
-        sampler,
+        sampler if world().alone else InStep(sampler, by_layer),
         decoder(tokenizer),
         policy.stop_ids(tokenizer),
         max_new_tokens=rollout.max_new_tokens,
@@ -89,6 +96,12 @@ def make_generator(
         random=random,
         load=sampler.load_weights if copies else None,
     )
+
+
+def is_too_large_to_gather(policy: CausalPolicy) -> bool:
+    """Whether the whole policy would take more than half of the memory that this process has free."""
+    whole = sum(parameter.nbytes for parameter in policy.trunk.model.parameters())
+    return whole > free_memory(policy.device) / 2
 
 
 def make_engine(policy: CausalPolicy, config: PpoConfig, context: int) -> VllmEngine:
