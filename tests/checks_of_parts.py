@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections import deque
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sharded_memory import peak_growth
 from tandem.config import AdapterSection, SamplingSection
 from tandem.errors import InputError
 from tandem.models import trunk
@@ -75,26 +75,13 @@ def all_refuse_what_one_cannot_use(path: str) -> None:
         loaded(path)
 
 
-def loading_needs_its_part_only(path: str) -> None:
-    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+def loading_needs_its_part_only(small: str, large: str) -> None:
+    """Once all that any model needs is there, a process grows by its half of the weights and little more."""
     if sys.platform == "linux":
-        grown, kept = peak_growth(lambda: loaded(path))
-        assert grown < 0.75 * size, (grown, size)
-        del kept
-
-
-def peak_growth(work: Callable[[], Any]) -> tuple[int, Any]:
-    """The most bytes that this process had in memory at once while it worked, less those before, and what it made."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory_line("VmRSS")
-    made = work()
-    return memory_line("VmHWM") - before, made
-
-
-def memory_line(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+        loaded(small)
+        size = sum(file.stat().st_size for file in Path(large).glob("*.safetensors"))
+        grown, _ = peak_growth(lambda: loaded(large))
+        assert grown < 0.7 * size, (grown, size)
 
 
 def one_weight_is_gathered_at_a_time(path: str, folder: str) -> None:

@@ -27,6 +27,7 @@ def run_in_processes(commands: Sequence[Sequence[str]], folder: Path, processes:
 
 def _start(folder: Path, rank: int, processes: int) -> subprocess.Popen[str]:
     own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
+    own["PYTHONPATH"] = os.pathsep.join(sys.path)
     return subprocess.Popen(
         [sys.executable, __file__, str(folder)],
         env=os.environ | own,

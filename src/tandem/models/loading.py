@@ -166,7 +166,10 @@ def check_whole(model: PreTrainedModel, report: Mapping[str, Any], named: str) -
 
 def check_finite(name: str, weight: Tensor, named: str) -> None:
     """Raises InputError where a weight holds numbers that are not finite."""
-    if not bool(torch.isfinite(weight).all()):
+    if not weight.numel() or not weight.is_floating_point():
+        return
+    # The least and the greatest are not finite where any number is not; no array of the weight's size is made for it.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         raise InputError(
             f"{named}: the weight {name} holds numbers that are not finite, so nothing that it computes is a "
             "number; give a checkpoint from before it diverged."
