@@ -131,7 +131,7 @@ def checks_in_processes(tiny: Callable[[str], Path], tmp_path: Path) -> list[lis
     in_files, large = tmp_path / "in_files", tmp_path / "large"
     AutoModelForCausalLM.from_pretrained(models["qwen2"]).save_pretrained(in_files, max_shard_size="50KB")
     assert len(list(in_files.glob("model-*.safetensors"))) > 1
-    save_llama(large, 512, 6)
+    save_llama(large, 512, 4)
 
     def with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors["model.layers.1.mlp.up_proj.weight"][-1] = float("nan")
