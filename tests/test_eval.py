@@ -355,7 +355,7 @@ def test_kl_is_that_of_the_models_own_log_probabilities(tiny, other, tmp_path, r
     baseline = tiny() if reference == "baseline" else other
     recipe = words(tmp_path, other, baseline, f"--rewards.0.function={reward_file(tmp_path)}", "--best_of_n=2", *more)
     config = load_config(EvalConfig, None, recipe[1:])
-    placement = Placement(torch.device("cpu"), torch.float32, 4096, False)
+    placement = Placement(torch.device("cpu"), torch.float32, 4096, False, print)
     with Progress() as progress:
         speakers = find_speakers(config, placement, progress)
         found = answer(config, speakers, placement, progress)

@@ -187,7 +187,7 @@ def test_values_stand_before_each_token_and_after_the_last(tiny):
 
 
 def test_a_new_value_model_answers_zero(tiny):
-    model = load_body(str(tiny()), "model", torch.float32, CPU)
+    model = load_body(str(tiny()), "model", torch.float32, CPU, False, print)
     assert (model.values(some_tokens()) == 0).all()
 
 

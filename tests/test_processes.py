@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from conftest import ARCHITECTURES
 from in_processes import run_in_processes
+from sharded_memory import save_llama
 from tandem.cli import main
 from tandem.run.checkpoints import damage
 from tandem.run.folder import read_metrics
@@ -81,8 +88,67 @@ SHARING = {
 
 
 STREAMED = ["--data.streaming=true", "--data.buffer_rows=8", "--data.max_tokens=64", "--steps=4"]
-ONLY_IN_TWO = {"replicated": ("sft", ["--parallel.replicate=2"])}
+ONLY_IN_TWO = {
+    "replicated": ("sft", ["--parallel.replicate=2"]),
+    "by_layer": ("adapters", ["--rollout.gather=layer"]),
+}
 """Runs that only several processes can make, by the run of one process that they must equal."""
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """A copy of a model with other tensors in its file."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def readable_whole_only(tied: Path, tmp_path: Path) -> list[Path]:
+    """Models that cannot be read in parts: pickled, with weights of other names or twice there, or converted."""
+    pickled = shutil.copytree(tied, tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+
+    def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+    def with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+    unprefixed = changed(tied, tmp_path / "unprefixed", without_prefix)
+    return [pickled, unprefixed, changed(tied, tmp_path / "twice", with_head), experts(tmp_path / "experts")]
+
+
+def experts(folder: Path) -> Path:
+    """A mixture of experts, which transformers keeps in one tensor and saves in one for each."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_local_experts": 2}
+    config = MixtralConfig(vocab_size=300, num_attention_heads=2, num_key_value_heads=2, eos_token_id=1, **shape)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def checks_in_processes(tiny: Callable[[str], Path], tmp_path: Path) -> list[list[str]]:
+    models = {name: tiny(name) for name in ARCHITECTURES}
+    in_files, large = tmp_path / "in_files", tmp_path / "large"
+    AutoModelForCausalLM.from_pretrained(models["qwen2"]).save_pretrained(in_files, max_shard_size="50KB")
+    assert len(list(in_files.glob("model-*.safetensors"))) > 1
+    save_llama(large, 512, 4)
+
+    def with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["model.layers.1.mlp.up_proj.weight"][-1] = float("nan")
+        return tensors
+
+    return [
+        ["check", name, *(str(path) for path in paths)]
+        for name, paths in {
+            "parts_are_those_of_the_whole": [*models.values(), in_files],
+            "others_are_read_whole": readable_whole_only(models["qwen2"], tmp_path),
+            "all_refuse_what_one_cannot_use": [changed(models["llama"], tmp_path / "nan", with_nan)],
+            "loading_needs_its_part_only": [models["llama"], large],
+            "one_weight_is_gathered_at_a_time": [models["qwen2"], tmp_path / "saved"],
+            "sampling_by_layer_is_sampling_from_the_whole": [models["qwen2"]],
+        }.items()
+    ]
 
 
 def test_two_processes_are_as_one(tiny, tmp_path):
@@ -99,6 +165,8 @@ def test_two_processes_are_as_one(tiny, tmp_path):
         assert main(into("one", name, words)) == 0
     in_two = [into("two", name, words) for name, words in commands.items()]
     in_two += [into("two", name, [*commands[like], *options]) for name, (like, options) in ONLY_IN_TWO.items()]
+    # In the same processes: to start them is what takes time.
+    in_two += checks_in_processes(tiny, tmp_path)
     assert run_in_processes(in_two, tmp_path / "processes") == [0] * len(in_two)
     for name in commands:
         assert_same(tmp_path / "one" / name, tmp_path / "two" / name, BFLOAT16 if name == "bfloat16" else TOLERANCE)

@@ -411,6 +411,12 @@ class RolloutSection(SamplingSection):
         "responses are sampled while this step trains, by a generator with weights of its own",
     )
     vllm: VllmSection | None = Field(None, description="settings of vLLM, where generator is vllm")
+    gather: Literal["auto", "model", "layer"] = Field(
+        "auto",
+        description="what each of several processes gathers of the policy to sample. model: all of it, for a batch; "
+        "each then decodes at its own pace. layer: one layer at a time, at every token. auto: model, unless that would "
+        "take more than half of the memory that is free in one of them",
+    )
     recompute_logprobs: Literal["auto", "always"] = Field(
         "auto",
         description="auto: the log-probabilities of sampling are the policy's before the update, where an eighth of a "

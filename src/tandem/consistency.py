@@ -204,6 +204,13 @@ def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str
             "no reward asks for center",
         ),
         (config.kl.target is None, config.kl, "kl", ["horizon"], "it needs kl.target"),
+        (
+            config.parallel.processes == 1,
+            config.rollout,
+            "rollout",
+            ["gather"],
+            "one process has the whole policy (parallel.processes = 1)",
+        ),
         *_idle_in_rewards(config.rewards),
     ]
     yield from _changed_in_vain(idle, preset)

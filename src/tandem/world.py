@@ -115,6 +115,20 @@ class World:
             raise fault
         return made
 
+    def each(self, make: Callable[[], Found]) -> Found:
+        """What this process makes; what any of them raises is raised by all, the lowest rank's first."""
+        if self.alone:
+            return make()
+        fault: Exception | None = None
+        try:
+            made = make()
+        except Exception as error:
+            fault = _told(error)
+        for told in self.gather(fault):
+            if told is not None:
+                raise told
+        return made
+
     def wait_for_all(self) -> None:
         """Until every process has come here."""
         if not self.alone:
@@ -167,11 +181,10 @@ def join(device: str, replicate: int, checkpointing: bool) -> World:
         world_size=size,
         timeout=timedelta(hours=2),
     )
-    shape, names = (size,), ("shard",)
     mesh = (
-        init_device_mesh(device, shape, mesh_dim_names=names)
+        init_device_mesh(device, (size,), mesh_dim_names=("fsdp",))
         if replicate == 1
-        else init_device_mesh(device, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
+        else init_device_mesh(device, (replicate, size // replicate), mesh_dim_names=("replicate", "fsdp"))
     )
     _world = World(rank(), size, replicate, checkpointing, mesh)
     return _world

@@ -120,7 +120,7 @@ class CausalPolicy:
         with torch.random.fork_rng(devices=[]):
             model = type(self._model)(self._model.config)
         model = model.to(device=self.device, dtype=self._model.dtype).eval().requires_grad_(False)
-        model.load_state_dict(self.trunk.merged_state(self.adapter))
+        model.load_state_dict(dict(self.weights()))
         model.generation_config = self._model.generation_config
         return CausalPolicy(Trunk(model), self.rule)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -97,12 +98,17 @@ def load_causal(
     source: str, key: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal language model, without dropout. Raises InputError where it cannot be loaded whole."""
+    refuse_classifier(source, key, trust_remote_code)
+    return _load(AutoModelForCausalLM, source, key, dtype, device, trust_remote_code)
+
+
+def refuse_classifier(source: str, key: str, trust_remote_code: bool) -> None:
+    """Raises InputError where what was saved is no language model."""
     if is_classifier(source, key, trust_remote_code):
         raise InputError(
             f"{key} = {source!r} is a sequence classifier, such as a reward or value model, and a causal language "
             "model is needed here; give the model that it was trained from, or one by `tandem sft`."
         )
-    return _load(AutoModelForCausalLM, source, key, dtype, device, trust_remote_code)
 
 
 def load_scalar(
@@ -134,14 +140,16 @@ def _load(
             ignore_mismatched_sizes=True,
             weights_only=True,
         )
-    _check_whole(model, report, named)
+    check_whole(model, report, named)
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter, named)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _check_whole(model: PreTrainedModel, report: Mapping[str, Any], named: str) -> None:
-    """Raises InputError where weights are missing, of another shape than the configuration says, or not finite."""
+def check_whole(model: PreTrainedModel, report: Mapping[str, Any], named: str) -> None:
+    """Raises InputError where weights are missing, or of another shape than the configuration says."""
     if report["mismatched_keys"]:
         name, saved, needed = sorted(report["mismatched_keys"])[0]
         raise InputError(
@@ -154,12 +162,18 @@ def _check_whole(model: PreTrainedModel, report: Mapping[str, Any], named: str) 
             f"{named} lacks {len(missing)} of the weights that {type(model).__name__} needs ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}), so it is not such a model, or not whole; give one that is."
         )
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise InputError(
-                f"{named}: the weight {name} holds numbers that are not finite, so nothing that it computes is a "
-                "number; give a checkpoint from before it diverged."
-            )
+
+
+def check_finite(name: str, weight: Tensor, named: str) -> None:
+    """Raises InputError where a weight holds numbers that are not finite."""
+    if not weight.numel() or not weight.is_floating_point():
+        return
+    # The least and the greatest are not finite where any number is not; no array of the weight's size is made for it.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+        raise InputError(
+            f"{named}: the weight {name} holds numbers that are not finite, so nothing that it computes is a "
+            "number; give a checkpoint from before it diverged."
+        )
 
 
 def runs_own_code(model: PreTrainedModel) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tandem.config import AdapterSection
 from tandem.errors import InputError, reason_of
 from tandem.models.loading import padding_id, runs_own_code
 from tandem.models.scalar import ScalarModel
 from tandem.models.trunk import Trunk
+from tandem.models.weight_files import write_weights
 from tandem.world import world
 
 ADAPTER_FOLDER = "adapter"
@@ -31,11 +37,14 @@ _SCORE = "score.weight"
 
 
 def save_policy(trunk: Trunk, adapter: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A causal language model with the adapter folded in; the adapter by itself, for peft, in a subfolder."""
-    config, state = copy.deepcopy(trunk.model.config), trunk.merged_state(adapter)
+    """A causal language model with the adapter folded in; the adapter by itself, for peft, in a subfolder.
+
+    Processes that share the model must all call this; the first of them writes.
+    """
+    config = copy.deepcopy(trunk.model.config)
+    _save(AutoModelForCausalLM, config, trunk.weight_names(), trunk.merged_weights(adapter), trunk, folder)
     if not world().first:
         return
-    _save(AutoModelForCausalLM, config, state, trunk, folder)
     tokenizer.save_pretrained(folder)
     if adapter is not None:
         _save_adapter(trunk, adapter, "CAUSAL_LM", {}, folder / ADAPTER_FOLDER)
@@ -45,18 +54,20 @@ def save_scalar(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: 
     """A sequence classifier with the adapter folded in; adapter and head, for peft, in a subfolder.
 
     It has one label, or one for each bin of a categorical head. What the classifier cannot hold, constants to add
-    to its answers and the range of the bins, is written beside it as value.json.
+    to its answers and the range of the bins, is written beside it as value.json. Processes that share the model must
+    all call this; the first of them writes.
     """
     trunk = model.trunk
     config = copy.deepcopy(trunk.model.config)
     config.num_labels = model.head.out_features
     config.pad_token_id = padding_id(tokenizer, trunk.model)
     prefix = f"{trunk.model.base_model_prefix}."
-    state = {name: tensor for name, tensor in trunk.merged_state(model.adapter).items() if name.startswith(prefix)}
+    head = {_SCORE: model.head.weight.detach() * model.scale}
+    names = [name for name in trunk.weight_names() if name.startswith(prefix)]
+    weights = chain(trunk.merged_weights(model.adapter), head.items())
+    _save(AutoModelForSequenceClassification, config, [*names, *head], weights, trunk, folder)
     if not world().first:
         return
-    head = {_SCORE: model.head.weight.detach() * model.scale}
-    _save(AutoModelForSequenceClassification, config, state | head, trunk, folder)
     tokenizer.save_pretrained(folder)
     if model.histogram is not None:
         _write_note(folder, {"histogram": asdict(model.histogram), "add": model.head.bias.tolist()})
@@ -71,19 +82,49 @@ def _write_note(folder: Path, note: dict[str, Any]) -> None:
     (folder / "value.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(kind: Any, config: Any, state: dict[str, Tensor], trunk: Trunk, folder: Path) -> None:
-    dtype = trunk.model.dtype
+def _save(
+    kind: Any, config: Any, names: Sequence[str], weights: Iterable[tuple[str, Tensor]], trunk: Trunk, folder: Path
+) -> None:
+    """Write a model of a kind: of the weights that come, those with these names that it has places for."""
     with torch.device("meta"):
-        shell = kind.from_config(config, dtype=dtype, trust_remote_code=runs_own_code(trunk.model))
-    shell.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True, strict=False)
-    shell.tie_weights()
-    unfilled = [name for name, tensor in shell.state_dict().items() if tensor.is_meta]
-    if unfilled:
+        shell = kind.from_config(config, dtype=trunk.model.dtype, trust_remote_code=runs_own_code(trunk.model))
+    places, tied = shell.state_dict(), shell.all_tied_weights_keys
+    layout = {name: places[name] for name in names if name in places and name not in tied}
+    if unfilled := [name for name in places if name not in layout and name not in tied]:
         raise RuntimeError(f"saving {type(shell).__name__}: no weights for {unfilled[:3]}")
-    if shell.can_generate():
-        shell.generation_config = _savable(trunk.model.generation_config)
-    folder.mkdir(parents=True, exist_ok=True)
+    wanted = _only(layout, weights)
+    if world().first:
+        if shell.can_generate():
+            shell.generation_config = _savable(trunk.model.generation_config)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(shell, layout, wanted, folder)
+    # Those that share the model gather each weight together, whether it is written or not.
+    deque(wanted, maxlen=0)
+
+
+def _write(
+    shell: PreTrainedModel, layout: Mapping[str, Tensor], weights: Iterable[tuple[str, Tensor]], folder: Path
+) -> None:
+    """A model's folder: its configuration, and its weights as they come.
+
+    Where transformers saves weights under other names or in other shapes than a model has them, they are collected
+    first.
+    """
+    if not get_model_conversion_mapping(shell, add_legacy=False):
+        shell.save_pretrained(folder, state_dict={})
+        write_weights(folder, layout, weights)
+        return
+    shell.load_state_dict({name: tensor.to(layout[name].dtype) for name, tensor in weights}, assign=True, strict=False)
+    shell.tie_weights()
     shell.save_pretrained(folder)
+
+
+def _only(names: Collection[str], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Those of the weights with these names; none is held while the next one is made."""
+    for name, tensor in weights:
+        if name in names:
+            yield name, tensor
+        del tensor
 
 
 def _savable(config: GenerationConfig) -> GenerationConfig:

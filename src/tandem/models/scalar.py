@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from tandem.algo import Histogram
 from tandem.errors import InputError
-from tandem.models.loading import check_classifier, load_causal, load_scalar
-from tandem.models.source import is_classifier
+from tandem.models.loading import check_classifier, load_scalar
+from tandem.models.shards import whole_tensor
+from tandem.models.source import check_labels, is_classifier
 from tandem.models.trunk import Trunk
+from tandem.models.unread import load_trunk, unread_model
 from tandem.types import Tokens
+from tandem.world import world
 
 
 def zero_head(hidden_size: int, device: torch.device, *, outputs: int = 1, bias: bool = False) -> nn.Linear:
@@ -99,30 +104,60 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) and head.out_features == 1 else None
 
 
-def as_scalar(model: PreTrainedModel) -> ScalarModel:
-    """A one-label decoder classifier as a model that answers at every token, its head in float32."""
-    head = head_of(model)
+def as_scalar(model: PreTrainedModel, read: Callable[[], None] | None = None) -> ScalarModel:
+    """A one-label decoder classifier as a model that answers at every token, its head in float32.
+
+    `read` is what gives a model on the meta device its weights.
+    """
+    trunk, head = Trunk(model, read), head_of(model)
     assert head is not None
-    own = nn.Linear(head.in_features, 1, bias=head.bias is not None, device=head.weight.device)
-    own.load_state_dict({name: tensor.float() for name, tensor in head.state_dict().items()})
-    return ScalarModel(Trunk(model), own.requires_grad_(False))
+    own = nn.Linear(head.in_features, 1, bias=head.bias is not None, device=trunk.device)
+    own.load_state_dict({name: whole_tensor(tensor).float() for name, tensor in head.state_dict().items()})
+    return ScalarModel(trunk, own.requires_grad_(False))
+
+
+def load_classifier(
+    source: str,
+    key: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+) -> ScalarModel | PreTrainedModel:
+    """A one-label classifier: as a scalar model where it is a causal decoder with a scalar head, else as it is.
+
+    The weights of a scalar model are cut over the processes that train together, as `load_trunk` does it.
+    """
+    if not world().alone:
+        check_labels(source, key, trust_remote_code)
+        kind = AutoModelForSequenceClassification
+        unread = unread_model(kind, source, key, dtype, device, trust_remote_code, say)
+        if unread is not None and head_of(unread.model) is not None:
+            return as_scalar(unread.model, unread.read)
+    model = load_scalar(source, key, dtype, device, trust_remote_code)
+    return model if head_of(model) is None else as_scalar(model)
 
 
 def load_body(
-    source: str, key: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    source: str,
+    key: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
 ) -> ScalarModel:
     """A causal language model or a one-label decoder classifier, as a scalar model.
 
     A classifier keeps its head; a language model gets one that answers 0.
     """
     if is_classifier(source, key, trust_remote_code):
-        model = load_scalar(source, key, dtype, device, trust_remote_code)
-        if head_of(model) is None:
+        model = load_classifier(source, key, dtype, device, trust_remote_code, say)
+        if not isinstance(model, ScalarModel):
             raise InputError(
                 f"{key} = {source!r} ({type(model).__name__}) is no causal decoder with a scalar head; start from a "
                 "causal language model, or from a reward model that is built on one."
             )
-        return as_scalar(model)
-    trunk = Trunk(load_causal(source, key, dtype, device, trust_remote_code))
+        return model
+    trunk = load_trunk(source, key, dtype, device, trust_remote_code, say)
     check_classifier(trunk.model)
     return ScalarModel(trunk, zero_head(trunk.model.config.hidden_size, device))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tandem.world import World
 
@@ -70,3 +71,20 @@ def _units(whole: Whole) -> list[FSDPModule]:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered where it is cut over processes: all of them must ask for it then."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Where in the whole tensor the part of it lies that this process holds."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, length) for length in tensor.shape)
+    lengths, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
+
+
+def like(tensor: Tensor, own: Tensor) -> Tensor:
+    """This process's own part, laid out over the processes as the tensor is."""
+    if not isinstance(tensor, DTensor):
+        return own
+    return DTensor.from_local(
+        own, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )

@@ -7,8 +7,9 @@ head: a value head on the policy's own trunk; the reference is a frozen copy, or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,15 +24,14 @@ from tandem.models.causal import CausalPolicy, SamplingRule
 from tandem.models.loading import (
     check_classifier,
     context_length,
-    load_causal,
-    load_scalar,
     load_tokenizer,
     padding_id,
 )
 from tandem.models.saving import ADAPTER_FOLDER, load_adapter
-from tandem.models.scalar import ScalarModel, as_scalar, head_of, zero_head
+from tandem.models.scalar import ScalarModel, load_classifier, zero_head
 from tandem.models.scoring import ClassifierScorer, DecoderScorer, Scorer
 from tandem.models.trunk import Trunk
+from tandem.models.unread import load_trunk
 from tandem.types import Tokens
 
 
@@ -95,18 +95,19 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how models compute, and whether Python code that comes with them is run."""
+    """Where and how models compute, and whether Python code that comes with them is run; `say` tells a person."""
 
     device: torch.device
     dtype: torch.dtype
     tokens_per_microbatch: int
     trust_remote_code: bool
+    say: Callable[[str], None]
 
-    def causal(self, source: str, key: str) -> PreTrainedModel:
-        return load_causal(source, key, self.dtype, self.device, self.trust_remote_code)
+    def trunk(self, source: str, key: str) -> Trunk:
+        return load_trunk(source, key, self.dtype, self.device, self.trust_remote_code, self.say)
 
-    def scalar(self, source: str, key: str) -> PreTrainedModel:
-        return load_scalar(source, key, self.dtype, self.device, self.trust_remote_code)
+    def classifier(self, source: str, key: str) -> ScalarModel | PreTrainedModel:
+        return load_classifier(source, key, self.dtype, self.device, self.trust_remote_code, self.say)
 
     def tokenizer(self, source: str, key: str) -> PreTrainedTokenizerBase:
         return load_tokenizer(source, key, self.trust_remote_code)
@@ -139,7 +140,7 @@ def _separate(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> JointModels:
     def trunk() -> Trunk:
-        return Trunk(placement.causal(config.policy.model, "policy.model"))
+        return placement.trunk(config.policy.model, "policy.model")
 
     policy, reference = CausalPolicy(trunk(), sampling_rule(config)), CausalPolicy(trunk(), _reference_rule(config))
     if config.value.start == "reward":
@@ -161,7 +162,7 @@ def _separate(
 def _adapters(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> tuple[JointModels, dict[str, RewardModel]]:
-    trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
+    trunk = placement.trunk(config.policy.model, "policy.model")
     rewards = _rewards_beside(trunk, config, sources, tokenizer, placement)
     settings = config.adapters or AdapterSection()
     policy_parameters = trunk.add_adapter("policy", settings)
@@ -184,7 +185,7 @@ def _adapters(
 def _head(
     config: PpoConfig, sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, placement: Placement
 ) -> tuple[JointModels, dict[str, RewardModel]]:
-    trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
+    trunk = placement.trunk(config.policy.model, "policy.model")
     if config.adapters is not None:
         rewards = _rewards_beside(trunk, config, sources, tokenizer, placement)
         adapter, parameters, reference_trunk = "policy", trunk.add_adapter("policy", config.adapters), trunk
@@ -192,7 +193,7 @@ def _head(
     else:
         rewards = {source: load_reward(source, reward_key(config, source), placement) for source in sources}
         adapter, parameters = None, list(trunk.model.requires_grad_(True).parameters())
-        reference_trunk = Trunk(placement.causal(config.policy.model, "policy.model"))
+        reference_trunk = placement.trunk(config.policy.model, "policy.model")
     policy = CausalPolicy(trunk, sampling_rule(config), adapter)
     head = value_head(config.value, _unknowing_head(trunk, placement))
     value = ScalarModel(trunk, head, adapter, histogram_of(config.value))
@@ -292,15 +293,12 @@ def reward_key(config: PpoConfig, source: str) -> str:
 def load_reward(source: str, key: str, placement: Placement) -> RewardModel:
     """A reward model by itself. Raises InputError where it cannot be loaded or is no one-label classifier."""
     tokenizer = placement.tokenizer(source, key)
-    model = placement.scalar(source, key)
-    scorer: Scorer
-    if head_of(model) is not None:
-        scorer = DecoderScorer(as_scalar(model), placement.tokens_per_microbatch)
-    else:
-        scorer = ClassifierScorer(
-            model, _padding(f"{key} = {source!r}", tokenizer, model), placement.tokens_per_microbatch
-        )
-    return RewardModel(scorer, tokenizer, read_card(source), context_length(model))
+    found, budget = placement.classifier(source, key), placement.tokens_per_microbatch
+    if isinstance(found, ScalarModel):
+        decoder = found.trunk.model
+        return RewardModel(DecoderScorer(found, budget), tokenizer, read_card(source), context_length(decoder))
+    scorer = ClassifierScorer(found, _padding(f"{key} = {source!r}", tokenizer, found), budget)
+    return RewardModel(scorer, tokenizer, read_card(source), context_length(found))
 
 
 def _padding(named: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
@@ -312,13 +310,13 @@ def _padding(named: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedMo
 
 
 def _decoder_with_head(source: str, key: str, placement: Placement) -> ScalarModel:
-    model = placement.scalar(source, key)
-    if head_of(model) is None:
+    model = placement.classifier(source, key)
+    if not isinstance(model, ScalarModel):
         raise InputError(
             f'value.start = "reward": {source!r} ({type(model).__name__}) is no causal decoder with a scalar head, '
             'so it cannot read the policy\'s tokens one by one; set value.start = "policy".'
         )
-    return as_scalar(model)
+    return model
 
 
 def check_same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, placement: Placement) -> None:
@@ -341,7 +339,7 @@ def _verify_transfer(source: str, value: ScalarModel, placement: Placement) -> N
     model = value.trunk.model
     texts = [list(range(5, 5 + length)) for length in (3, 7)]
     own = ClassifierScorer(model, 0, placement.tokens_per_microbatch)
-    expected = torch.cat([own.score([text]) for text in texts])
+    expected = torch.cat([value.trunk.run(partial(own.score, [text])) for text in texts])
     _same_or_refuse(source, scorer.score(texts), expected, placement)
 
 

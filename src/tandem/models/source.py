@@ -38,6 +38,8 @@ def loading(named: str, source: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except InputError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise

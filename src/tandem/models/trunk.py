@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -34,10 +34,11 @@ class Trunk:
     """Hidden states of a Hugging Face causal decoder.
 
     `model` is the whole model, head included; only its decoder is used here. Where several processes train together
-    its weights are cut over them; the weights of adapters, which are small, every process has whole.
+    its weights are cut over them; the weights of adapters, which are small, every process has whole. A model without
+    weights, on the meta device, is given them by `read` once it is cut.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, read: Callable[[], None] | None = None) -> None:
         self.model = model
         self.decoder: Any = model.base_model
         self._parent, self._blocks_name, self._blocks = _blocks_of(
@@ -52,6 +53,8 @@ class Trunk:
             for block in self._blocks:
                 block.forward = self._computed_again(block.forward)
         self._whole = None if world().alone else shard(model, self._blocks, world())
+        if read is not None:
+            read()
         self._lora_layers: list[Any] = []
         self._lora_configs: dict[str, LoraConfig] = {}
 
@@ -100,8 +103,9 @@ class Trunk:
         first = self._first_layers[name] = len(self._blocks) - upper
         targets = [name for block in self._linear_names[first:] for name in block]
         self._lora_configs[name] = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
-        # peft reads the matrices' shapes off their weights.
-        with self.gathered(), warnings.catch_warnings():
+        # peft knows the shape of a matrix that is cut over a mesh named "fsdp" alone; with copies it must see it whole.
+        shapes_known = nullcontext() if world().replicate == 1 else self.gathered()
+        with shapes_known, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(self._lora_configs[name], self.model, adapter_name=name)
@@ -252,7 +256,6 @@ class Trunk:
         state = get_peft_model_state_dict(self.model, adapter_name=name)
         return self._lora_configs[name], {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
 
-    @torch.no_grad()
     def merged_weights(self, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
         """The whole model's weights with an adapter folded in, one by one, under the names of the model without LoRA.
 
@@ -261,20 +264,26 @@ class Trunk:
         """
         names = {id(module): name for name, module in self.model.named_modules()}
         carrying = {f"{names[id(layer)]}.weight": layer for layer in self._lora_layers if adapter in layer.lora_A}
-        for name, tensor in self.model.state_dict().items():
-            if ".lora_" in name:
-                continue
-            plain, tensor = name.replace(".base_layer", ""), whole_tensor(tensor)
-            layer = carrying.get(plain)
-            if layer is not None:
-                tensor = (tensor.float() + layer.get_delta_weight(adapter).float()).to(tensor.dtype)
-            yield plain, tensor
+        for name, part in self._own_weights().items():
+            layer = carrying.get(name)
+            if layer is None:
+                yield name, whole_tensor(part)
+            else:
+                yield name, _with_adapter(whole_tensor(part), layer, adapter)
 
-    def merged_state(self, adapter: str | None) -> dict[str, Tensor]:
-        """All of `merged_weights` at once; where several processes share the model, the first has them and no other."""
-        if world().alone:
-            return dict(self.merged_weights(adapter))
-        return {name: tensor.cpu() for name, tensor in self.merged_weights(adapter) if world().first}
+    def weight_names(self) -> list[str]:
+        """The names of `merged_weights`, in their order."""
+        return list(self._own_weights())
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """The model's tensors as this process holds them, without adapters, under the names of a model without LoRA."""
+        state = self.model.state_dict().items()
+        return {name.replace(".base_layer", ""): tensor for name, tensor in state if ".lora_" not in name}
+
+
+@torch.no_grad()
+def _with_adapter(weight: Tensor, layer: Any, adapter: str | None) -> Tensor:
+    return (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)
 
 
 class _Skip(nn.Module):

@@ -5,12 +5,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tandem.rollout.in_step import InStep
 from tandem.rollout.stopping import GivenUp
 from tandem.rollout.torch_generator import TorchGenerator
 from tandem.rollout.vllm_generator import VllmEngine, VllmGenerator
 from tandem.types import Prompt, Rollout
 
-__all__ = ["Generator", "GivenUp", "TorchGenerator", "VllmEngine", "VllmGenerator"]
+__all__ = ["Generator", "GivenUp", "InStep", "TorchGenerator", "VllmEngine", "VllmGenerator"]
 
 
 class Generator(Protocol):

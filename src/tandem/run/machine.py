@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 import tandem
+from tandem.world import world
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
@@ -28,6 +30,22 @@ def _resident_bytes() -> float:
             return float(pages.read().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that one of the processes on this machine can still take: of its GPU, or its share of main memory.
+
+    What torch keeps for itself on a GPU and does not use counts as free. Infinite where the system does not say.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return float("inf")
+    return available / int(os.environ.get("LOCAL_WORLD_SIZE", world().size))
 
 
 def machine_record(device: torch.device) -> dict[str, Any]:

@@ -47,11 +47,16 @@ def steps_in(folder: Path) -> int:
 def sampling_knobs(config: PpoConfig) -> dict[str, str]:
     """What sampling responses takes its memory for: the KV cache of the rows that decode together."""
     rollout = config.rollout
-    return {
-        f"rollout.sequences_per_batch = {rollout.sequences_per_batch}": "lower it",
-        f"rollout.max_new_tokens = {rollout.max_new_tokens}": "lower it",
-        f"data.max_prompt_tokens = {config.data.max_prompt_tokens}": 'lower it with data.too_long = "drop"',
-    } | _model_knobs(config)
+    gathers = config.parallel.processes > 1 and rollout.gather != "layer"
+    return (
+        {
+            f"rollout.sequences_per_batch = {rollout.sequences_per_batch}": "lower it",
+            f"rollout.max_new_tokens = {rollout.max_new_tokens}": "lower it",
+            f"data.max_prompt_tokens = {config.data.max_prompt_tokens}": 'lower it with data.too_long = "drop"',
+        }
+        | ({f'rollout.gather = "{rollout.gather}"': 'set "layer"'} if gathers else {})
+        | _model_knobs(config)
+    )
 
 
 def training_knobs(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> dict[str, str]:

@@ -14,10 +14,11 @@ from tandem.config import DpoConfig
 from tandem.data.examples import Answered, Pair, as_written, read_pairs
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
 from tandem.models.source import check_length, read_config
 from tandem.models.trunk import Trunk
+from tandem.models.unread import load_trunk
 from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
@@ -47,8 +48,8 @@ def prepare(config: DpoConfig, progress: Progress) -> Lesson[Pair]:
     check_length(read_config(config.model, "model", trust), rows.longest, "model")
     dtype, budget = pick_dtype(config.compute.precision, device), config.compute.tokens_per_microbatch
     with progress.console.status("loading the model"):
-        trunk = Trunk(load_causal(config.model, "model", dtype, device, trust))
-        still = frozen_reference(config, trunk, dtype, device) if config.data.streaming else None
+        trunk = load_trunk(config.model, "model", dtype, device, trust, progress.say)
+        still = frozen_reference(config, trunk, dtype, device, progress) if config.data.streaming else None
     adapter, parameters = trained_part(trunk, config.adapters)
     policy = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter)
     known = rows.heldout if still else [*rows.train.sample, *rows.heldout]
@@ -87,11 +88,13 @@ def prepare(config: DpoConfig, progress: Progress) -> Lesson[Pair]:
     )
 
 
-def frozen_reference(config: DpoConfig, trunk: Trunk, dtype: torch.dtype, device: torch.device) -> CausalPolicy:
+def frozen_reference(
+    config: DpoConfig, trunk: Trunk, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> CausalPolicy:
     """The policy as it starts, beside the one that learns: the trunk below its adapter, or a model of its own."""
     if config.adapters is not None:
         return CausalPolicy(trunk, FULL_DISTRIBUTION, None)
-    own = Trunk(load_causal(config.model, "model", dtype, device, config.compute.trust_remote_code))
+    own = load_trunk(config.model, "model", dtype, device, config.compute.trust_remote_code, progress.say)
     own.model.requires_grad_(False)
     return CausalPolicy(own, FULL_DISTRIBUTION, None)
 

@@ -52,7 +52,7 @@ def run_eval(config: EvalConfig, progress: Progress) -> dict[str, Any]:
         check_benchmarks(config)
         functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
         judge = None if config.judge is None else Judge(config.judge)
-        placement = _placement(config)
+        placement = _placement(config, progress)
         _check_reward_models(config, placement)
         speakers = find_speakers(config, placement, progress)
         folder = EvalFolder(path, config)
@@ -91,10 +91,10 @@ def _given_up() -> Iterator[None]:
         raise Interrupted("stopped before the evaluation was done, so it has no result; run it again.") from None
 
 
-def _placement(config: EvalConfig) -> Placement:
+def _placement(config: EvalConfig, progress: Progress) -> Placement:
     device, compute = pick_device(config.compute.device), config.compute
     dtype = pick_dtype(compute.precision, device)
-    return Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code)
+    return Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, progress.say)
 
 
 def _check_reward_models(config: EvalConfig, placement: Placement) -> None:

@@ -191,7 +191,7 @@ def _rule(config: EvalConfig) -> SamplingRule:
 
 def _load(speaker: Speaker, placement: Placement, progress: Progress) -> Trunk:
     with progress.console.status(f"loading {speaker.source}"):
-        return Trunk(placement.causal(speaker.source, speaker.key))
+        return placement.trunk(speaker.source, speaker.key)
 
 
 def give_memory_back() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -140,7 +141,7 @@ class JointStage:
         elif self.engine is not None:
             generator = VllmGenerator(self.engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
         else:
-            return make_generator(policy, tokenizer, config.rollout, random)
+            return make_generator(policy, tokenizer, config.rollout, random, gather=config.rollout.gather)
         send_weights(policy, generator, version=0)
         return generator
 
@@ -166,7 +167,8 @@ def build(
         check_installed()
     device, compute = pick_device(config.compute.device), config.compute
     dtype = pick_dtype(compute.precision, device)
-    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code)
+    say_once = cache(progress.say)
+    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, say_once)
     tokenizer = placement.tokenizer(config.policy.model, "policy.model")
     check_models(config, placement)
     prompts = split_prompts(config.data, tokenizer, config.run.seed)
@@ -217,10 +219,11 @@ def make_sampler(
     if config.rollout.generator == "vllm":
         engine = make_engine(policy, config, longest_prompt + config.rollout.max_new_tokens)
         return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
-    if config.rollout.staleness:
+    rollout = config.rollout
+    if rollout.staleness:
         copy = policy.own_copy()
-        return None, make_generator(copy, tokenizer, config.rollout, random, copy.load_weights)
-    return None, make_generator(policy, tokenizer, config.rollout, random)
+        return None, make_generator(copy, tokenizer, rollout, random, load=copy.load_weights)
+    return None, make_generator(policy, tokenizer, rollout, random, gather=rollout.gather)
 
 
 def reward_terms(
@@ -270,7 +273,7 @@ def centred_on_reference(
     if not names:
         return reward
     sampling = torch.Generator(device=models.policy.device).manual_seed(config.run.seed + 2)
-    generator = make_generator(models.policy, tokenizer, config.rollout, sampling)
+    generator = make_generator(models.policy, tokenizer, config.rollout, sampling, gather=config.rollout.gather)
     count = config.score.reference_samples
     rollouts = generator.generate(random.Random(config.run.seed).choices(prompts, k=count))
     with refused_before_training():

@@ -74,5 +74,6 @@ def _look_at_joint(recipe: PpoConfig, config: PipelineConfig, tokenizer: PreTrai
             load_function(source.function)
     device, compute = pick_device(recipe.compute.device), recipe.compute
     dtype = pick_dtype(compute.precision, device)
-    check_models(as_base, Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code))
+    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, lambda _: None)
+    check_models(as_base, placement)
     check_context(as_base, split_prompts(recipe.data, tokenizer, recipe.run.seed).longest)

@@ -50,7 +50,7 @@ def prepare(config: RewardConfig, progress: Progress) -> Lesson[Pair]:
         progress.say(line)
     check_length(read_config(config.model, "model", trust), rows.longest, "model")
     with progress.console.status("loading the model"):
-        learner = build(config, device)
+        learner = build(config, device, progress)
     engine, budget = learner.engine(config), config.compute.tokens_per_microbatch
     steps, planned_by = planned(config, rows.train, config.pairs_per_minibatch)
     return Lesson(
@@ -91,10 +91,10 @@ class RewardLearner:
         return LocalEngine(groups, config.optimizer)
 
 
-def build(config: RewardConfig, device: torch.device) -> RewardLearner:
+def build(config: RewardConfig, device: torch.device, progress: Progress) -> RewardLearner:
     """The model to start from with a scalar head: its own if it has one, else one that answers 0."""
-    compute = config.compute
-    start = load_body(config.model, "model", pick_dtype(compute.precision, device), device, compute.trust_remote_code)
+    dtype, trust = pick_dtype(config.compute.precision, device), config.compute.trust_remote_code
+    start = load_body(config.model, "model", dtype, device, trust, progress.say)
     start.head.requires_grad_(True)
     if config.adapters is None:
         return RewardLearner(start, list(start.trunk.decoder.requires_grad_(True).parameters()))

@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from tandem.config import PpoConfig, SamplingSection, VllmSection
 from tandem.data.feed import Feed, Place
 from tandem.models.causal import CausalPolicy
-from tandem.rollout import Generator, TorchGenerator, VllmEngine, VllmGenerator
+from tandem.rollout import Generator, InStep, TorchGenerator, VllmEngine, VllmGenerator
+from tandem.run.machine import free_memory
 from tandem.text import decoder
 from tandem.types import Prompt, Rollout
+from tandem.world import world
 
 T = TypeVar("T")
 Load = Callable[[Iterable[tuple[str, Tensor]]], None]
@@ -91,11 +93,17 @@ def make_generator(
     tokenizer: PreTrainedTokenizerBase,
     rollout: SamplingSection,
     random: torch.Generator,
+    *,
     load: Load | None = None,
+    gather: str = "auto",
 ) -> TorchGenerator:
-    """One that samples from the policy itself; `load` renews its weights where it is a copy of the one that trains."""
+    """One that samples from the policy itself; `load` renews its weights where it is a copy of the one that trains.
+
+    `gather` is `rollout.gather`, for processes that share the policy.
+    """
+    by_layer = {"model": lambda: False, "layer": lambda: True, "auto": lambda: is_too_large_to_gather(policy)}[gather]
     return TorchGenerator(
-        policy,
+        policy if world().alone else InStep(policy, by_layer),
         decoder(tokenizer),
         policy.stop_ids(tokenizer),
         max_new_tokens=rollout.max_new_tokens,
@@ -103,6 +111,12 @@ def make_generator(
         random=random,
         load=load,
     )
+
+
+def is_too_large_to_gather(policy: CausalPolicy) -> bool:
+    """Whether the whole policy would take more than half of the memory that this process has free."""
+    whole = sum(parameter.nbytes for parameter in policy.trunk.model.parameters())
+    return whole > free_memory(policy.device) / 2
 
 
 def make_engine(policy: CausalPolicy, config: PpoConfig, context: int) -> VllmEngine:

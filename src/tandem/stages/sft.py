@@ -14,10 +14,10 @@ from tandem.config import SftConfig
 from tandem.data.examples import Example, read_examples
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.loading import load_causal, load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
 from tandem.models.saving import save_policy
 from tandem.models.source import check_length, read_config
-from tandem.models.trunk import Trunk
+from tandem.models.unread import load_trunk
 from tandem.run import Progress
 from tandem.run.memory import training_knobs
 from tandem.stages.finite import check_losses
@@ -45,7 +45,8 @@ def prepare(config: SftConfig, progress: Progress) -> Lesson[Example]:
         progress.say(line)
     check_length(read_config(config.model, "model", trust), rows.longest, "model")
     with progress.console.status("loading the model"):
-        trunk = Trunk(load_causal(config.model, "model", pick_dtype(config.compute.precision, device), device, trust))
+        dtype = pick_dtype(config.compute.precision, device)
+        trunk = load_trunk(config.model, "model", dtype, device, trust, progress.say)
     adapter, parameters = trained_part(trunk, config.adapters)
     model, budget = CausalPolicy(trunk, FULL_DISTRIBUTION, adapter), config.compute.tokens_per_microbatch
     engine = LocalEngine([ParameterGroup(parameters, config.optimizer.lr)], config.optimizer)

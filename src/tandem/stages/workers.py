@@ -23,7 +23,6 @@ from tandem.models.causal import CausalPolicy
 from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.sharing import Placement, load_reward, reward_key, sampling_rule
 from tandem.models.source import positions
-from tandem.models.trunk import Trunk
 from tandem.rewards.composition import Earned, Term
 from tandem.rewards.function import load_function
 from tandem.rollout import TorchGenerator, VllmGenerator
@@ -59,7 +58,7 @@ class GeneratorWorker:
         """Load the policy as the recipe names it. Raises InputError where it cannot be loaded here."""
         config, placement = self._config, at_home(self._config, self._folder)
         tokenizer = placement.tokenizer(config.policy.model, "policy.model")
-        policy = CausalPolicy(Trunk(placement.causal(config.policy.model, "policy.model")), sampling_rule(config))
+        policy = CausalPolicy(placement.trunk(config.policy.model, "policy.model"), sampling_rule(config))
         random = torch.Generator(device=placement.device)
         if config.rollout.generator == "torch":
             self._generator: TorchGenerator | VllmGenerator = make_generator(
@@ -118,7 +117,7 @@ def at_home(config: PpoConfig, folder: str) -> Placement:
         ) from None
     device, compute = pick_device(config.compute.device), config.compute
     dtype = pick_dtype(compute.precision, device)
-    return Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code)
+    return Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, lambda _: None)
 
 
 class RayWorkers:
