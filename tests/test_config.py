@@ -96,6 +96,7 @@ def test_resolved_configuration_reads_back_the_same():
         (["--rewards.1.url=http://"], ["rewards.1.url", "no address"]),
         (["--rewards.1.url=http://h:x/"], ["rewards.1.url", "no address"]),
         (["--rewards.0.timeout_seconds=5.0"], ["rewards.0.timeout_seconds has no effect", "function or a url"]),
+        (["--rollout.gather=layer"], ["rollout.gather has no effect", "one process has the whole policy"]),
         (["--rewards.1.function=f.py:g", "--rewards.1.retries=5"], ["rewards.1.retries has no effect", "for a url"]),
         (["--rewards.1.function=f.py:g", "--rewards.1.samples_per_request=5"], ["rewards.1.samples_per_request"]),
         (["--rewards.1.function=f.py:g", "--rewards.1.requests_at_once=5"], ["rewards.1.requests_at_once"]),

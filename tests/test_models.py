@@ -20,6 +20,7 @@ from tandem.models.scalar import ScalarModel, as_scalar, load_body, zero_head
 from tandem.models.scoring import ClassifierScorer, DecoderScorer
 from tandem.models.sharing import histogram_of, value_head
 from tandem.models.trunk import Trunk
+from tandem.models.weight_files import write_weights
 from tandem.types import pad_tokens, split_by_tokens, whole_texts
 
 CPU = torch.device("cpu")
@@ -141,6 +142,19 @@ def test_scalar_model_is_saved_as_a_classifier(tiny, tmp_path, architecture, ada
         other = Trunk(load(source))
         head = load_adapter(other, "reward", LORA, tmp_path / "out" / "adapter")
         assert torch.allclose(DecoderScorer(ScalarModel(other, head, "reward"), 64).score(texts), expected, atol=1e-4)
+
+
+def test_a_large_model_is_saved_in_several_files(tiny, tmp_path):
+    model = load(tiny("qwen2"), torch.bfloat16)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    (tmp_path / "model.safetensors").write_bytes(b"of an earlier model")
+    model.save_pretrained(tmp_path, state_dict={})
+    write_weights(tmp_path, weights, weights.items(), shard_bytes=20_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 25_000 for file in files)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_values_in_other_units_are_saved_in_those_of_the_reward(tiny, tmp_path):

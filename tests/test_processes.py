@@ -88,10 +88,9 @@ SHARING = {
 
 
 STREAMED = ["--data.streaming=true", "--data.buffer_rows=8", "--data.max_tokens=64", "--steps=4"]
-ONLY_IN_TWO = {
-    "replicated": ("sft", ["--parallel.replicate=2"]),
-    "by_layer": ("adapters", ["--rollout.gather=layer"]),
-}
+BY_LAYER = {"head": ["--rollout.gather=layer"]}
+"""Settings that only several processes have, by the run that they are tried in."""
+ONLY_IN_TWO = {"replicated": ("sft", ["--parallel.replicate=2"])}
 """Runs that only several processes can make, by the run of one process that they must equal."""
 
 
@@ -163,7 +162,7 @@ def test_two_processes_are_as_one(tiny, tmp_path):
 
     for name, words in commands.items():
         assert main(into("one", name, words)) == 0
-    in_two = [into("two", name, words) for name, words in commands.items()]
+    in_two = [into("two", name, [*words, *BY_LAYER.get(name, [])]) for name, words in commands.items()]
     in_two += [into("two", name, [*commands[like], *options]) for name, (like, options) in ONLY_IN_TWO.items()]
     # In the same processes: to start them is what takes time.
     in_two += checks_in_processes(tiny, tmp_path)
