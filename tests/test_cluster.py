@@ -17,8 +17,8 @@ from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.loading import load_causal
 from tandem.models.trunk import Trunk
 from tandem.rewards.composition import Earned
-from tandem.rollout.torch_generator import draw_uniform
-from tandem.stages.workers import groups_by_length, joined
+from tandem.rollout.torch_generator import draw_uniform, groups_by_length
+from tandem.stages.workers import joined
 from tandem.types import Prompt
 
 PROMPTS = [Prompt(tuple(range(5, 5 + length)), "", None, {}) for length in (7, 1, 3, 2, 3, 5, 2)]

@@ -24,6 +24,7 @@ os.environ |= {
 }
 pytest.importorskip("ray", reason="Ray is not installed here; `make test-ray` has an environment with it")
 
+from faults.cluster import processes
 from faults.same import differences
 from tandem.cli import main
 from tandem.cluster.events import read_events
@@ -57,7 +58,7 @@ def cluster(tmp_path_factory) -> Iterator[str]:
     with (tmp_path_factory.mktemp("ray") / "log").open("wb") as log:
         head = subprocess.Popen([ray, "start", *words], stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 90
-        while not pids("ray::RuntimeEnvAgent") and head.poll() is None and time.monotonic() < deadline:
+        while not processes("ray::RuntimeEnvAgent") and head.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         yield f"127.0.0.1:{port}"
         head.terminate()
@@ -88,12 +89,12 @@ def untouched(tiny, tmp_path_factory) -> Path:
 
 def kill_when_at(title: str, number: int, done: list[int]) -> threading.Thread:
     """Send a signal to the first new process of this title, as soon as there is one, from a thread."""
-    earlier = set(pids("ray::"))
+    earlier = set(processes("ray::"))
 
     def watch() -> None:
         deadline = time.monotonic() + 120
         while not done and time.monotonic() < deadline:
-            for pid in set(pids(title)) - earlier:
+            for pid in set(processes(title)) - earlier:
                 os.kill(pid, number)
                 done.append(pid)
                 break
@@ -102,17 +103,6 @@ def kill_when_at(title: str, number: int, done: list[int]) -> threading.Thread:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
-
-
-def pids(title: str) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(title.encode()):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 def lost(run: Path, event: str) -> Sequence[Mapping[str, object]]:
@@ -217,7 +207,7 @@ def test_a_command_that_is_ended_goes_on_exactly(cluster, tiny, tmp_path, untouc
     said = command.communicate(timeout=60)[1].decode()
     if number == signal.SIGTERM:
         assert command.returncode == 130, said
-    while pids("ray::Trainer") and time.monotonic() < deadline:
+    while processes("ray::Trainer") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert main(["ppo", "--resume", str(run)]) == 0
     assert differences(run, untouched) == []

@@ -12,9 +12,9 @@ import torch
 from study.frontier import Point, expected_best
 from study.training import Demo
 from tandem.algo import best_of_n_kl_bound
+from tandem.config import ComputeSection
 from tandem.demo.gold import gold
 from tandem.demo.story import FULL, sample_openings
-from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.sharing import Placement, load_reward
 from tandem.rewards.model import ModelReward
 from tandem.run import Progress
@@ -30,9 +30,7 @@ def candidates(demo: Demo, progress: Progress) -> dict[str, Any]:
         openings = [json.loads(line)["prompt"] for line in demo.heldout.read_text(encoding="utf-8").splitlines()]
         scale = replace(FULL, samples_per_opening=CANDIDATES)
         rollouts = sample_openings(str(demo.model), openings, scale, demo.seed + 1000, progress)
-        device = pick_device("auto")
-        placement = Placement(device, pick_dtype("auto", device), 4096, trust_remote_code=False)
-        model = load_reward(str(demo.reward_model), "the reward model", placement)
+        model = load_reward(str(demo.reward_model), "the reward model", Placement.of(ComputeSection(), progress.say))
         reward = ModelReward(model.scorer, model.tokenizer, str(demo.reward_model), model.context, "fail")
         scores = {
             "reward": reward(rollouts).whole.reshape(-1, CANDIDATES).tolist(),

@@ -325,8 +325,7 @@ def _run_generate(known: argparse.Namespace, rest: Sequence[str]) -> int:
     from tandem.run.memory import memory_limits
     from tandem.stages.generate import GenerateSettings, run_generate
 
-    names = set(GenerateSettings.__dataclass_fields__)
-    settings = GenerateSettings(**{name: value for name, value in vars(known).items() if name in names})
+    settings = GenerateSettings(**_fields_of(GenerateSettings, known))
     knobs = {
         f"--{name.replace('_', '-')} {getattr(known, name)}": "lower it" for name in ("responses", "max_new_tokens")
     }
@@ -491,11 +490,13 @@ def _run_plan(known: argparse.Namespace, rest: Sequence[str]) -> int:
     quiet_libraries()
     from tandem.stages.planning import PlanSettings, run_plan
 
-    names = set(PlanSettings.__dataclass_fields__)
-    plan = run_plan(
-        known.recipe, rest, PlanSettings(**{name: value for name, value in vars(known).items() if name in names})
-    )
+    plan = run_plan(known.recipe, rest, PlanSettings(**_fields_of(PlanSettings, known)))
     return DONE if plan.fits else FAILED
+
+
+def _fields_of(settings: Any, known: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command that are fields of its settings, a dataclass."""
+    return {name: value for name, value in vars(known).items() if name in settings.__dataclass_fields__}
 
 
 def _refuse_rest(rest: Sequence[str]) -> None:

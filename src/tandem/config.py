@@ -18,8 +18,7 @@ from pydantic_core import PydanticCustomError
 from tandem.consistency import (
     impossible,
     impossible_evaluation,
-    impossible_length,
-    too_many_processes,
+    impossible_from_data,
     without_effect,
 )
 
@@ -266,10 +265,7 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        for problem in (
-            *impossible_length(self),
-            *too_many_processes(self.parallel, "", self.sequences_per_minibatch, "sequences"),
-        ):
+        for problem in impossible_from_data(self, self.sequences_per_minibatch, "sequences"):
             raise ValueError(problem)
         return self
 
@@ -301,10 +297,7 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        for problem in (
-            *impossible_length(self),
-            *too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"),
-        ):
+        for problem in impossible_from_data(self, self.pairs_per_minibatch, "pairs"):
             raise ValueError(problem)
         return self
 
@@ -336,10 +329,7 @@ class DpoConfig(Section):
     def _meant(self) -> Self:
         if self.loss == "ipo" and self.label_smoothing > 0:
             raise ValueError('label_smoothing has no effect here: it is for loss = "sigmoid"; leave it out')
-        for problem in (
-            *impossible_length(self),
-            *too_many_processes(self.parallel, "", self.pairs_per_minibatch, "pairs"),
-        ):
+        for problem in impossible_from_data(self, self.pairs_per_minibatch, "pairs"):
             raise ValueError(problem)
         return self
 

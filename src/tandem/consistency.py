@@ -120,8 +120,11 @@ def _impossible_cluster(config: PpoConfig, cluster: ClusterSection) -> Iterator[
         )
 
 
-def impossible_length(config: SftConfig | RewardConfig | DpoConfig) -> Iterator[str]:
-    """How long to train is said by epochs or by steps; of a stream nobody knows the rows beforehand."""
+def impossible_from_data(config: SftConfig | RewardConfig | DpoConfig, rows: int, kind: str) -> Iterator[str]:
+    """What a stage cannot do that learns from data, with so many rows in a minibatch.
+
+    How long to train is said by epochs or by steps; of a stream nobody knows the rows beforehand.
+    """
     if config.steps is not None and config.epochs != type(config).model_fields["epochs"].default:
         yield "epochs has no effect here: steps says how long to train; leave one of them out"
     if config.data.streaming and config.steps is None:
@@ -129,6 +132,7 @@ def impossible_length(config: SftConfig | RewardConfig | DpoConfig) -> Iterator[
             "with data.streaming the rows are not counted before they train, so epochs has no meaning; set steps "
             "(passes * rows / rows of a minibatch)"
         )
+    yield from too_many_processes(config.parallel, "", rows, kind)
 
 
 def too_many_processes(parallel: ParallelSection, section: str, rows: int, kind: str) -> Iterator[str]:

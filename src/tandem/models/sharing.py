@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.algo import Histogram
-from tandem.config import AdapterSection, PpoConfig, ValueSection
+from tandem.config import AdapterSection, ComputeSection, PpoConfig, ValueSection
 from tandem.errors import InputError
 from tandem.models.cards import RewardCard, probe_scores, read_card
 from tandem.models.causal import CausalPolicy, SamplingRule
@@ -26,6 +26,8 @@ from tandem.models.loading import (
     context_length,
     load_tokenizer,
     padding_id,
+    pick_device,
+    pick_dtype,
 )
 from tandem.models.saving import ADAPTER_FOLDER, load_adapter
 from tandem.models.scalar import ScalarModel, load_classifier, zero_head
@@ -102,6 +104,13 @@ class Placement:
     tokens_per_microbatch: int
     trust_remote_code: bool
     say: Callable[[str], None]
+
+    @classmethod
+    def of(cls, compute: ComputeSection, say: Callable[[str], None]) -> Placement:
+        """As a recipe's [compute] section says. Raises InputError where there is no such device."""
+        device = pick_device(compute.device)
+        dtype = pick_dtype(compute.precision, device)
+        return cls(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, say)
 
     def trunk(self, source: str, key: str) -> Trunk:
         return load_trunk(source, key, self.dtype, self.device, self.trust_remote_code, self.say)

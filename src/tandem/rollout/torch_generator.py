@@ -40,6 +40,12 @@ def draw_uniform(count: int, max_new_tokens: int, random: torch.Generator) -> Te
     return torch.rand(count, max_new_tokens, generator=random, device=random.device)
 
 
+def groups_by_length(prompts: Sequence[Prompt], size: int, first: int = 0, every: int = 1) -> list[list[int]]:
+    """Rows of similar length together, the shortest first; of all in that order, one in `every` from the `first` on."""
+    own = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))[first::every]
+    return [own[start : start + size] for start in range(0, len(own), size)]
+
+
 class TorchGenerator:
     """Samples from a policy's weights as they are at the moment.
 
@@ -93,12 +99,9 @@ class TorchGenerator:
     def answer(self, prompts: Sequence[Prompt], uniform: Tensor) -> list[Rollout]:
         """One response for each prompt, in their order, from their numbers as `draw_uniform` makes them."""
         uniform = uniform.to(self._policy.device)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-        own: list[int] = order[world().rank :: world().size]
         answers: dict[int, Rollout] = {}
         with self._policy.gathered():
-            for start in range(0, len(own), self._sequences_per_batch):
-                indices = own[start : start + self._sequences_per_batch]
+            for indices in groups_by_length(prompts, self._sequences_per_batch, world().rank, world().size):
                 rollouts = self._generate_together([prompts[index] for index in indices], uniform[indices])
                 answers |= dict(zip(indices, rollouts, strict=True))
         answers = {index: answer for part in world().gather(answers) for index, answer in part.items()}

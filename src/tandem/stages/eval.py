@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from tandem import algo
 from tandem.config import EvalConfig, term_names
 from tandem.errors import Interrupted
-from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.sharing import Placement
 from tandem.models.source import check_labels
 from tandem.rewards.composition import Term, WeightedSum
@@ -52,7 +51,7 @@ def run_eval(config: EvalConfig, progress: Progress) -> dict[str, Any]:
         check_benchmarks(config)
         functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
         judge = None if config.judge is None else Judge(config.judge)
-        placement = _placement(config, progress)
+        placement = Placement.of(config.compute, progress.say)
         _check_reward_models(config, placement)
         speakers = find_speakers(config, placement, progress)
         folder = EvalFolder(path, config)
@@ -89,12 +88,6 @@ def _given_up() -> Iterator[None]:
             yield
     except (Terminated, KeyboardInterrupt):
         raise Interrupted("stopped before the evaluation was done, so it has no result; run it again.") from None
-
-
-def _placement(config: EvalConfig, progress: Progress) -> Placement:
-    device, compute = pick_device(config.compute.device), config.compute
-    dtype = pick_dtype(compute.precision, device)
-    return Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, progress.say)
 
 
 def _check_reward_models(config: EvalConfig, placement: Placement) -> None:

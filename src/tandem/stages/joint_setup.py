@@ -17,7 +17,6 @@ from tandem.data.prompts import split_prompts
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
-from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.saving import save_policy, save_scalar
 from tandem.models.sharing import JointModels, Placement, RewardModel, build_joint, reward_key
 from tandem.models.source import check_labels, layer_count, positions, read_config
@@ -165,10 +164,7 @@ def build(
     functions = {source.function: load_function(source.function) for source in config.rewards if source.function}
     if config.rollout.generator == "vllm":
         check_installed()
-    device, compute = pick_device(config.compute.device), config.compute
-    dtype = pick_dtype(compute.precision, device)
-    say_once = cache(progress.say)
-    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, say_once)
+    placement = Placement.of(config.compute, cache(progress.say))
     tokenizer = placement.tokenizer(config.policy.model, "policy.model")
     check_models(config, placement)
     prompts = split_prompts(config.data, tokenizer, config.run.seed)
@@ -179,7 +175,7 @@ def build(
         models, reward_models = build_joint(config, tokenizer, placement)
     check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
-    sampling = torch.Generator(device=device).manual_seed(config.run.seed)
+    sampling = torch.Generator(device=placement.device).manual_seed(config.run.seed)
     engine, generator = make_sampler(config, models.policy, tokenizer, prompts.longest, sampling, workers)
     terms = reward_terms(config.rewards, reward_models, functions, tokenizer)
     reward = WeightedSum(terms if workers is None else workers.spread(terms))

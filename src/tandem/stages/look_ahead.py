@@ -15,7 +15,7 @@ from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.data.examples import as_read, as_written, read_examples, read_pairs
 from tandem.data.prompts import split_prompts
 from tandem.errors import InputError
-from tandem.models.loading import load_tokenizer, pick_device, pick_dtype
+from tandem.models.loading import load_tokenizer
 from tandem.models.sharing import Placement
 from tandem.models.source import check_length, read_config
 from tandem.pipeline_config import PipelineConfig
@@ -72,8 +72,5 @@ def _look_at_joint(recipe: PpoConfig, config: PipelineConfig, tokenizer: PreTrai
     for source in as_base.rewards:
         if source.function is not None:
             load_function(source.function)
-    device, compute = pick_device(recipe.compute.device), recipe.compute
-    dtype = pick_dtype(compute.precision, device)
-    placement = Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, lambda _: None)
-    check_models(as_base, placement)
+    check_models(as_base, Placement.of(recipe.compute, lambda _: None))
     check_context(as_base, split_prompts(recipe.data, tokenizer, recipe.run.seed).longest)

@@ -20,14 +20,13 @@ from tandem.cluster.transport import Sent, receive, send
 from tandem.config import ClusterSection, PpoConfig
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
-from tandem.models.loading import pick_device, pick_dtype
 from tandem.models.sharing import Placement, load_reward, reward_key, sampling_rule
 from tandem.models.source import positions
 from tandem.rewards.composition import Earned, Term
 from tandem.rewards.function import load_function
 from tandem.rollout import TorchGenerator, VllmGenerator
 from tandem.rollout.stopping import Stopping
-from tandem.rollout.torch_generator import draw_uniform
+from tandem.rollout.torch_generator import draw_uniform, groups_by_length
 from tandem.rollout.vllm_generator import draw_seeds
 from tandem.run.quiet import quiet_libraries
 from tandem.stages.joint_setup import reward_terms
@@ -115,9 +114,7 @@ def at_home(config: PpoConfig, folder: str) -> Placement:
             f"{folder!r}, where the command was given, is not to be found on {os.uname().nodename} ({error.strerror}); "
             "all machines of the cluster must see the run's files under the same path."
         ) from None
-    device, compute = pick_device(config.compute.device), config.compute
-    dtype = pick_dtype(compute.precision, device)
-    return Placement(device, dtype, compute.tokens_per_microbatch, compute.trust_remote_code, lambda _: None)
+    return Placement.of(config.compute, lambda _: None)
 
 
 class RayWorkers:
@@ -219,12 +216,6 @@ class PooledGenerator:
             for row, rollout in zip(group, rollouts, strict=True)
         }
         return [found[row] for row in range(len(prompts))]
-
-
-def groups_by_length(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Rows of similar length together, as a generator in one process puts them into batches."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
-    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class PooledScorer:
