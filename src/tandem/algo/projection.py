@@ -7,7 +7,7 @@ For a row with logits z, p = softmax(z) and entropy H = -sum p log p:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 LogitsOf = Callable[[Tensor, Tensor], Tensor]
 Found = tuple[Tensor, Tensor | None]
+_NUMBERS_IN_CACHE = 2**20
 
 
 def projected_logprobs(
@@ -47,7 +48,7 @@ def _in_chunks(
 
     def of_chunk(part: Tensor, ids: Tensor) -> Found:
         if not torch.is_grad_enabled():
-            return _read(logits_of(part, ids), ids, with_entropy)[0]
+            return _read(logits_of(part, ids), ids, with_entropy, leave_probabilities=False)
         found: Found
         if head_trains:
             found = _TrainedHead.apply(part, ids, logits_of, with_entropy, len(targets) <= rows_per_chunk)
@@ -71,15 +72,14 @@ class _FrozenHead(torch.autograd.Function):
         with torch.enable_grad():
             leaf = states.detach().requires_grad_()
             logits = logits_of(leaf, targets)
-            of_logits, dtype = get_gradient_edge(logits), logits.dtype
-        found, log_p = _read(logits.detach(), targets, with_entropy)
-        p, ones = log_p.exp_(), torch.ones_like(found[0])
+            of_logits, p = get_gradient_edge(logits), logits.detach()
+        found = _read(p, targets, with_entropy, leave_probabilities=True)
+        ones = torch.ones_like(found[0])
         by_state = []
         if with_entropy:
-            slope = _slope(p.clone(), targets, None, ones, found[1]).to(dtype)
+            slope = _slope(p.clone(), targets, found, None, ones)
             by_state.append(torch.autograd.grad(of_logits, leaf, slope, retain_graph=True)[0])
-        slope = _slope(p, targets, ones, None, None).to(dtype)
-        by_state.insert(0, torch.autograd.grad(of_logits, leaf, slope)[0])
+        by_state.insert(0, torch.autograd.grad(of_logits, leaf, _slope(p, targets, found, ones, None))[0])
         ctx.save_for_backward(*by_state)
         return found
 
@@ -104,52 +104,87 @@ class _TrainedHead(torch.autograd.Function):
         with torch.set_grad_enabled(hold):
             leaf = states.detach().requires_grad_(states.requires_grad)
             logits = logits_of(leaf, targets)
-        chosen = logits.detach().gather(1, targets[:, None]).squeeze(1).float()
         if hold:
-            ctx.leaf, ctx.of_logits, ctx.dtype = leaf, get_gradient_edge(logits), logits.dtype
-        found, log_p = _read(logits.detach(), targets, with_entropy)
-        ctx.logits_of, ctx.held = logits_of, log_p.exp_() if hold else None
-        ctx.save_for_backward(states, targets, chosen - found[0], found[1])
+            ctx.leaf, ctx.of_logits = leaf, get_gradient_edge(logits)
+        found = _read(logits.detach(), targets, with_entropy, leave_probabilities=hold)
+        ctx.logits_of, ctx.held = logits_of, logits.detach() if hold else None
+        ctx.save_for_backward(states, targets, *found)
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, entropy_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         """The probabilities held become the gradient of the logits, so a second pass makes its own."""
-        states, targets, normaliser, entropies = ctx.saved_tensors
+        states, targets, *found = ctx.saved_tensors
         p, ctx.held = ctx.held, None
         if p is not None:
-            leaf, of_logits, dtype = ctx.leaf, ctx.of_logits, ctx.dtype
+            leaf, of_logits = ctx.leaf, ctx.of_logits
         else:
             with torch.enable_grad():
                 leaf = states.detach().requires_grad_(states.requires_grad)
                 of_logits = ctx.logits_of(leaf, targets)
-            dtype = of_logits.dtype
-            p = (of_logits.detach().float() - normaliser[:, None]).exp_()
-        torch.autograd.backward(of_logits, _slope(p, targets, gradient, entropy_gradient, entropies).to(dtype))
+            p = of_logits.detach()
+            _read(p, targets, False, leave_probabilities=True)
+        torch.autograd.backward(of_logits, _slope(p, targets, found, gradient, entropy_gradient))
         return leaf.grad, None, None, None, None
 
 
-def _read(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Found, Tensor]:
-    """What is asked of a chunk, and log p [n, V] in float32; the logits may be overwritten."""
-    log_p = logits.float()
-    if log_p.is_cpu:
-        torch.log_softmax(log_p, dim=-1, out=log_p)
-    else:
-        log_p = torch.log_softmax(log_p, dim=-1)
-    logprobs = log_p.gather(1, targets[:, None]).squeeze(1)
-    return (logprobs, torch.special.entr(log_p.exp()).sum(-1) if with_entropy else None), log_p
+def _read(logits: Tensor, targets: Tensor, with_entropy: bool, *, leave_probabilities: bool) -> Found:
+    """What is asked of a chunk; its logits [n, V] are overwritten, by the probabilities if they are to be left."""
+    logprobs = logits.new_empty(len(logits), dtype=torch.float32)
+    entropies = torch.empty_like(logprobs) if with_entropy else None
+    for rows, log_p in _in_float32(logits):
+        if log_p.is_cpu:
+            torch.log_softmax(log_p, dim=-1, out=log_p)
+        else:
+            log_p = torch.log_softmax(log_p, dim=-1)
+        logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
+        if with_entropy or leave_probabilities:
+            p = log_p.exp_()
+            if entropies is not None:
+                entropies[rows] = torch.special.entr(p).sum(-1)
+            if leave_probabilities:
+                _put_back(p, logits[rows])
+    return logprobs, entropies
 
 
 def _slope(
-    p: Tensor, targets: Tensor, gradient: Tensor | None, entropy_gradient: Tensor | None, entropies: Tensor | None
+    p: Tensor, targets: Tensor, found: Sequence[Tensor | None], gradient: Tensor | None, entropy_gradient: Tensor | None
 ) -> Tensor:
     """The gradient of the logits [n, V], in the place of p, from those of log-probabilities and entropies [n]."""
+    logprobs, entropies = found
+    assert logprobs is not None
     if gradient is None:
-        gradient = torch.zeros_like(p[:, 0])
-    by_entropy: Tensor | None = None
-    if entropy_gradient is not None:
-        assert entropies is not None
-        by_entropy = (torch.special.entr(p) - p * entropies[:, None]).mul_(entropy_gradient[:, None])
-    slope = p.mul_(-gradient[:, None]).scatter_add_(1, targets[:, None], gradient[:, None])
-    return slope if by_entropy is None else slope.add_(by_entropy)
+        gradient = torch.zeros_like(logprobs)
+    for rows, part in _in_float32(p):
+        chosen, upstream = targets[rows, None], gradient[rows, None]
+        part.scatter_(1, chosen, logprobs[rows, None].exp())
+        by_entropy: Tensor | None = None
+        if entropy_gradient is not None:
+            assert entropies is not None
+            by_entropy = (torch.special.entr(part) - part * entropies[rows, None]).mul_(entropy_gradient[rows, None])
+        part.mul_(-upstream).scatter_add_(1, chosen, upstream)
+        _put_back(part if by_entropy is None else part.add_(by_entropy), p[rows])
+    return p
+
+
+def _in_float32(chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a chunk [n, V] in float32, and which they are: on a CPU as many as stay in its cache.
+
+    They may be overwritten: where the chunk is float32, they are its own.
+    """
+    size = max(1, _NUMBERS_IN_CACHE // chunk.shape[1]) if chunk.is_cpu else len(chunk)
+    if chunk.dtype == torch.float32:
+        for start in range(0, len(chunk), size):
+            yield slice(start, start + size), chunk[start : start + size]
+        return
+    room = torch.empty(min(size, len(chunk)), chunk.shape[1], device=chunk.device)
+    for start in range(0, len(chunk), size):
+        part = chunk[start : start + size]
+        yield slice(start, start + size), room[: len(part)].copy_(part)
+
+
+def _put_back(part: Tensor, place: Tensor) -> None:
+    """Into the chunk that it was made of, unless it is a part of it."""
+    if part.data_ptr() != place.data_ptr():
+        place.copy_(part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from tandem.algo import projected_logprobs, projected_logprobs_and_entropies, truncate
 from tandem.errors import InputError
 from tandem.models.cache import roomy_cache
+from tandem.models.packing import packed
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
+from tandem.world import world
 
 _LOGITS_PER_CHUNK = 2**26
 
@@ -131,9 +133,11 @@ class CausalPolicy:
         for name, tensor in weights:
             own[name].copy_(tensor)
 
-    def gathered(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
         """Within it many tokens can be sampled one by one, by each process as many as it likes."""
-        return self.trunk.gathered()
+        with self.trunk.gathered(), packed(self._model) if world().alone else nullcontext():
+            yield
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """The ids that end a response: the tokenizer's EOS and those that the model was saved with."""

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tandem.config import AdapterSection
 from tandem.errors import InputError
+from tandem.models.attention import attend_by_device
 from tandem.models.shards import gathered, shard, whole_tensor
 from tandem.types import Tokens, split_by_tokens, whole_texts
 from tandem.world import world
@@ -55,6 +56,7 @@ class Trunk:
         self._whole = None if world().alone else shard(model, self._blocks, world())
         if read is not None:
             read()
+        attend_by_device(model)
         self._lora_layers: list[Any] = []
         self._lora_configs: dict[str, LoraConfig] = {}
 

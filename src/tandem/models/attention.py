@@ -1,0 +1,70 @@
+"""Attention on a CPU by the kernel that is the fastest there for what is asked; elsewhere a model's own.
+
+torch's fused kernel has, on a CPU, a backward pass in bfloat16 that takes five times as long as the products that it is
+made of, and one that reads keys and values once for every query head when a single token attends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ON_CPU = "tandem_cpu"
+_LONGEST_IN_PRODUCTS = 512
+"""From this length on the fused kernel is as fast, and needs no array of the size of length times length."""
+
+
+def attend_on_cpu(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
+    """Attention [B, T, heads, D] of queries [B, heads, T, D] to keys and values [B, key heads, S, D].
+
+    `mask` [B, 1, T, S] is True where a query reads; None is causal, or all for a single query. As transformers calls
+    it: returns a pair, the second of which would be the probabilities.
+    """
+    plain = not more.get("dropout") and more.get("position_bias") is None and more.get("is_causal") is None
+    if not plain or (mask is not None and mask.dtype != torch.bool):
+        return sdpa_attention_forward(module, query, key, value, mask, **more)
+    scaling = more.get("scaling") or query.shape[-1] ** -0.5
+    if query.shape[2] == 1:
+        return _one_token(query, key, value, mask, scaling), None
+    if query.dtype != torch.float32 and key.shape[2] <= _LONGEST_IN_PRODUCTS and getattr(module, "is_causal", True):
+        return _in_products(query, key, value, mask, scaling), None
+    return sdpa_attention_forward(module, query, key, value, mask, **more)
+
+
+def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """The query heads that share keys attend together, as if they were several queries."""
+    rows, heads, _, width = query.shape
+    shared = query.view(rows, key.shape[1], heads // key.shape[1], width)
+    found = torch.nn.functional.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=scaling)
+    return found.reshape(rows, 1, heads, value.shape[3])
+
+
+def _in_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Two batched products with a softmax in float32 between."""
+    shared, (length, read) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
+    if mask is None:
+        mask = torch.ones(length, read, dtype=torch.bool, device=query.device).tril(read - length)
+    scores = (query * scaling) @ repeat_kv(key, shared).transpose(2, 3)
+    unread = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill_(~mask, _least(scores))
+    probabilities = torch.softmax(scores + unread, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (probabilities @ repeat_kv(value, shared)).transpose(1, 2).contiguous()
+
+
+def _least(scores: Tensor) -> float:
+    """Finite, so that a row that reads nothing is a mean rather than no number."""
+    return torch.finfo(scores.dtype).min
+
+
+def attend_by_device(model: PreTrainedModel) -> None:
+    """Let a model on a CPU that uses torch's fused kernel attend by `attend_on_cpu`."""
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ON_CPU)
+
+
+AttentionInterface.register(ON_CPU, attend_on_cpu)
+AttentionMaskInterface.register(ON_CPU, sdpa_mask)

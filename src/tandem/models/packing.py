@@ -1,0 +1,54 @@
+"""Matrices laid out for a CPU's matrix units while tokens are sampled one by one.
+
+A product of few rows in bfloat16 spends as long on bringing the matrix into the order that the units read as on
+multiplying. In sampling the same matrices are met at every token, so it is done once for a batch of responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_ROWS = 64
+"""For about how many rows the layout is chosen; any number can be multiplied."""
+
+
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Within it every matrix of a bfloat16 model on a CPU is multiplied from a laid out copy.
+
+    The copies take the memory of the weights once more, and weights that change within it are not seen.
+    """
+    with ExitStack() as until_the_end:
+        for layer in model.modules():
+            if type(layer) is nn.Linear and _can_be_packed(layer.weight):
+                until_the_end.enter_context(_computing(layer, _from_packed(layer)))
+        yield
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    units = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return units and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@torch.no_grad()
+def _from_packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The layer's product, from a copy of its weights as oneDNN wants them: what torch's own compiler calls for it."""
+    laid_out, bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS), layer.bias
+
+    def multiplied(rows: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, laid_out, bias, "none", [], "")
+
+    return multiplied
+
+
+@contextmanager
+def _computing(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
