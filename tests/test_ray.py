@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import signal
@@ -22,7 +23,8 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-pytest.importorskip("ray", reason="Ray is not installed here; `make test-ray` has an environment with it")
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("Ray is not installed here; `make test-ray` has an environment with it", allow_module_level=True)
 
 from faults.cluster import processes
 from faults.same import differences
@@ -53,7 +55,7 @@ def reward(prompts, responses, rows):
     return [float(len(response) % 7) for response in responses]
 """
 SIZE = 2
-BEHIND = ["--rollout.staleness=1", f"--rollout.sequences_per_batch={SIZE}"]
+BEHIND = ["--rollout.staleness=1", f"--rollout.sequences_per_batch={SIZE}", "--compute.precision=float32", "--steps=3"]
 TOGETHER = ["--cluster=ray", "--processes=2", "--cluster.samples_per_task=1"]
 OVER_RAY = ["--cluster=ray", "--cluster.generators=2", f"--cluster.samples_per_task={SIZE}"]
 
@@ -215,7 +217,7 @@ def test_a_killed_process_of_a_trainer_takes_it_along(cluster, tiny, tmp_path, i
     assert differences(tmp_path / "run", in_two) == []
     said = capsys.readouterr()
     assert "the trainer died; a new one goes on after step 2" in said.out
-    assert "raylet" not in said.out + said.err
+    assert [line for line in (said.out + said.err).splitlines() if "(raylet)" in line] == []
 
 
 def test_a_killed_reward_worker_costs_its_task_alone(cluster, tiny, tmp_path, untouched):
