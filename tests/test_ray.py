@@ -31,7 +31,10 @@ from faults.same import differences
 from in_processes import run_in_processes
 from tandem.cli import main
 from tandem.cluster.events import read_events
+from tandem.errors import InputError
 from tandem.run.folder import read_metrics
+from tandem.stages.over_ray import Lost, verdict
+from tandem.stages.trainer import Ended
 from test_commands import prompt_file, refused
 from test_processes import assert_same
 
@@ -58,6 +61,13 @@ SIZE = 2
 BEHIND = ["--rollout.staleness=1", f"--rollout.sequences_per_batch={SIZE}", "--compute.precision=float32", "--steps=3"]
 TOGETHER = ["--cluster=ray", "--processes=2", "--cluster.samples_per_task=1"]
 OVER_RAY = ["--cluster=ray", "--cluster.generators=2", f"--cluster.samples_per_task={SIZE}"]
+ALONE = ["--cluster=none", f"--rollout.sequences_per_batch={SIZE}"]
+ENDED = {
+    "killed": (signal.SIGKILL, OVER_RAY, [], "untouched"),
+    "terminated, goes on alone": (signal.SIGTERM, OVER_RAY, ALONE, "untouched"),
+    "terminated, two trainers": (signal.SIGTERM, TOGETHER, [], "in_two"),
+}
+"""How a command is ended, what it runs, how the run goes on, and which run it must equal."""
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +193,11 @@ def test_the_only_generator_that_hangs_is_ended_and_replaced(cluster, tiny, tmp_
     words = [*words_of(tmp_path, tiny(), "run"), *OVER_RAY, f"--cluster.address={cluster}", "--cluster.generators=1"]
     done: list[int] = []
     watching = kill_when_at("ray::GeneratorWorker.answer", signal.SIGSTOP, done)
-    assert main(["ppo", *words, "--cluster.silent_seconds=30"]) == 0
+    assert main(["ppo", *words, "--cluster.silent_seconds=15"]) == 0
     watching.join()
     assert done
     assert differences(tmp_path / "run", untouched) == []
-    assert [event["reason"] for event in lost(tmp_path / "run", "worker lost")] == ["no answer for 30 s"]
+    assert [event["reason"] for event in lost(tmp_path / "run", "worker lost")] == ["no answer for 15 s"]
 
 
 def test_sampling_one_update_behind_is_the_same_over_a_cluster(cluster, tiny, tmp_path, behind):
@@ -224,8 +234,9 @@ def test_a_killed_reward_worker_costs_its_task_alone(cluster, tiny, tmp_path, un
     words = [*words_of(tmp_path, tiny(), "run", call=5), *OVER_RAY, f"--cluster.address={cluster}"]
     assert main(["ppo", *words, "--cluster.reward_workers=2"]) == 0
     assert differences(tmp_path / "run", untouched) == []
-    events = lost(tmp_path / "run", "worker lost")
-    assert [(event["pool"], event["lost_samples"]) for event in events] == [("reward worker", SIZE)]
+    (event,) = lost(tmp_path / "run", "worker lost")
+    assert event["pool"] == "reward worker"
+    assert event["lost_samples"] <= SIZE
 
 
 def test_a_killed_trainer_goes_on_from_its_last_checkpoint(cluster, tiny, tmp_path, untouched):
@@ -236,21 +247,30 @@ def test_a_killed_trainer_goes_on_from_its_last_checkpoint(cluster, tiny, tmp_pa
     assert differences(tmp_path / "run", untouched) == []
 
 
+def test_the_ends_of_its_processes_say_how_a_trainer_ended():
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    done, refused = Ended({"steps": 5}, None), Ended(None, InputError("no such model"))
+    dead, broken = ActorDiedError(), RayTaskError("run", "a traceback", RuntimeError("connection closed"))
+    assert verdict({1: dead, 0: done}, 2) is done
+    assert verdict({0: broken, 1: dead}, 2) == Lost([1])
+    assert verdict({1: refused}, 2) is refused
+    assert verdict({1: done}, 2) == Lost([0])
+    with pytest.raises(RayTaskError, match="a traceback"):
+        verdict({1: broken}, 2)
+
+
 def test_a_trainer_that_always_dies_is_given_up(cluster, tiny, tmp_path, capsys):
     words = [*words_of(tmp_path, tiny(), "run", call=1), *OVER_RAY, f"--cluster.address={cluster}"]
     assert main(["ppo", *words, "--cluster.trainer_restarts=0"]) == 1
     assert "the trainer died 1 times" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_command_that_is_ended_goes_on_exactly(cluster, tiny, tmp_path, untouched, number):
+@pytest.mark.parametrize("ended", ENDED)
+def test_a_command_that_is_ended_goes_on_exactly(cluster, tiny, tmp_path, request, ended):
+    number, options, onward, like = ENDED[ended]
     run = tmp_path / "run"
-    words = [
-        *words_of(tmp_path, tiny(), "run"),
-        *OVER_RAY,
-        f"--cluster.address={cluster}",
-        "--cluster.reward_workers=2",
-    ]
+    words = [*words_of(tmp_path, tiny(), "run"), *options, f"--cluster.address={cluster}", "--cluster.reward_workers=1"]
     command = subprocess.Popen([sys.executable, "-m", "tandem", "ppo", *words], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(run.glob("checkpoints/step_*")):
@@ -261,8 +281,8 @@ def test_a_command_that_is_ended_goes_on_exactly(cluster, tiny, tmp_path, untouc
         assert command.returncode == 130, said
     while processes("ray::Trainer") and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert main(["ppo", "--resume", str(run)]) == 0
-    assert differences(run, untouched) == []
+    assert main(["ppo", "--resume", str(run), *onward]) == 0
+    assert differences(run, request.getfixturevalue(like)) == []
 
 
 def test_what_the_cluster_has_not_is_refused(cluster, tiny, tmp_path, capsys):

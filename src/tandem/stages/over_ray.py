@@ -87,7 +87,7 @@ def _one_life(config: PpoConfig, place: Placed, progress: Progress, resume: bool
     meeting = trainers[0].open.remote() if count > 1 else None
     running = [trainer.run.remote(order, meeting) for trainer in trainers]
     try:
-        return _verdict(_ends(running, desk, progress, rung), count)
+        return verdict(_ends(running, desk, progress, rung), count)
     finally:
         for trainer in trainers:
             ray().kill(trainer)
@@ -134,7 +134,7 @@ def _died(ends: Mapping[int, Ended | Exception]) -> list[int]:
     return [rank for rank, end in ends.items() if isinstance(end, ray().exceptions.RayActorError)]
 
 
-def _verdict(ends: Mapping[int, Ended | Exception], count: int) -> Ended | Lost:
+def verdict(ends: Mapping[int, Ended | Exception], count: int) -> Ended | Lost:
     """What the ends of its processes say of a trainer. Raises what one of them raised that nobody foresaw.
 
     The first process speaks for all where it can. A death comes before errors, which others have of it.
