@@ -31,6 +31,7 @@ from faults.same import differences
 from in_processes import run_in_processes
 from tandem.cli import main
 from tandem.cluster.events import read_events
+from tandem.cluster.meeting import interface_of, open_store, store_at
 from tandem.errors import InputError
 from tandem.run.folder import read_metrics
 from tandem.stages.over_ray import Lost, verdict
@@ -63,9 +64,9 @@ TOGETHER = ["--cluster=ray", "--processes=2", "--cluster.samples_per_task=1"]
 OVER_RAY = ["--cluster=ray", "--cluster.generators=2", f"--cluster.samples_per_task={SIZE}"]
 ALONE = ["--cluster=none", f"--rollout.sequences_per_batch={SIZE}"]
 ENDED = {
-    "killed": (signal.SIGKILL, OVER_RAY, [], "untouched"),
-    "terminated, goes on alone": (signal.SIGTERM, OVER_RAY, ALONE, "untouched"),
-    "terminated, two trainers": (signal.SIGTERM, TOGETHER, [], "in_two"),
+    "killed": (signal.SIGKILL, OVER_RAY, ALONE, "untouched"),
+    "terminated": (signal.SIGTERM, OVER_RAY, ALONE, "untouched"),
+    "terminated, with two trainers": (signal.SIGTERM, TOGETHER, [], "in_two"),
 }
 """How a command is ended, what it runs, how the run goes on, and which run it must equal."""
 
@@ -206,20 +207,16 @@ def test_sampling_one_update_behind_is_the_same_over_a_cluster(cluster, tiny, tm
     assert differences(tmp_path / "run", behind) == []
 
 
-def test_two_trainers_give_what_two_processes_without_a_cluster_give(cluster, tiny, tmp_path, in_two):
-    words = [*words_of(tmp_path, tiny(), "run"), *TOGETHER, f"--cluster.address={cluster}"]
-    assert main(["ppo", *words, "--cluster.reward_workers=1"]) == 0
-    assert differences(tmp_path / "run", in_two) == []
-
-
 def test_two_trainers_learn_while_generators_sample(cluster, tiny, tmp_path, behind):
     words = [*words_of(tmp_path, tiny(), "run"), *BEHIND, *OVER_RAY, f"--cluster.address={cluster}", "--processes=2"]
-    assert main(["ppo", *words]) == 0
+    assert main(["ppo", *words, "--cluster.reward_workers=1"]) == 0
     assert_same(tmp_path / "run", behind)
 
 
-def test_a_killed_process_of_a_trainer_takes_it_along(cluster, tiny, tmp_path, in_two, capsys):
-    """It dies while the first one scores the fourth step; the third is done again."""
+def test_two_trainers_of_which_one_is_killed_are_two_processes_without_a_cluster(
+    cluster, tiny, tmp_path, in_two, capsys
+):
+    """The second dies while the first scores the fourth step, and takes it along; the third step is done again."""
     words = [*words_of(tmp_path, tiny(), "run", call=5, victim="another_trainer"), *TOGETHER]
     assert main(["ppo", *words, f"--cluster.address={cluster}"]) == 0
     (event,) = lost(tmp_path / "run", "trainer lost")
@@ -258,6 +255,17 @@ def test_the_ends_of_its_processes_say_how_a_trainer_ended():
     assert verdict({1: done}, 2) == Lost([0])
     with pytest.raises(RayTaskError, match="a traceback"):
         verdict({1: broken}, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for ports in /proc")
+def test_trainers_meet_at_the_address_of_the_cluster_alone():
+    store, (host, port) = open_store()
+    store_at((host, port)).set("key", "value")
+    assert store.get("key") == b"value"
+    lines = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()]
+    listening = [line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")]
+    assert (host, listening) == ("127.0.0.1", [f"0100007F:{port:04X}"])
+    assert interface_of(host) == "lo"
 
 
 def test_a_trainer_that_always_dies_is_given_up(cluster, tiny, tmp_path, capsys):
