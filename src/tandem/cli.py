@@ -187,7 +187,7 @@ def _placed_by_cluster(config: Any) -> bool:
     if over_cluster and worker():
         raise InputError(
             "[cluster] starts the processes of a run by itself; give the command once, without torchrun, and how many "
-            f"are to train together by {_PROCESSES} N; or --cluster none."
+            "are to train together by --processes N; or --cluster none."
         )
     return over_cluster
 
