@@ -27,11 +27,12 @@ from tandem.run.folder import read_metrics
 from test_commands import WORDS, pair_file, ppo_words, prompt_file, refused, with_function, write
 from test_resume import self_ending_reward
 
+EXACT = "--compute.precision=float32"
 TOLERANCE = 1e-5
 # Rounded to 8 bits, in another order. In five steps weights move no further than this, so what it holds are losses and
 # the gradient's norm.
 BFLOAT16 = 1e-2
-NOT_COMPARED = ("time/", "throughput/", "memory/")
+NOT_COMPARED = ("time/", "throughput/", "memory/", "cluster/")
 
 
 def together(words: list[str]) -> int:
@@ -72,12 +73,13 @@ def data_words(tmp_path: Path, stage: str, model: Path) -> list[str]:
         words = [f"--data.train={write(tmp_path / 'texts.jsonl', rows)}", "--sequences_per_minibatch=5"]
     else:
         words = [f"--data.train={pair_file(tmp_path)}", "--pairs_per_minibatch=5"]
-    return [stage, f"--model={model}", *words, "--eval_every=2", "--optimizer.lr=0.001"]
+    return [stage, f"--model={model}", *words, "--eval_every=2", "--optimizer.lr=0.001", EXACT]
 
 
 def joint_words(tmp_path: Path, model: Path, options: list[str]) -> list[str]:
     words = [*ppo_words(tmp_path, model, *with_function(tmp_path)), "--compute.tokens_per_microbatch=20"]
-    return [*words, f"--data.eval_prompts={prompt_file(tmp_path)}", "--policy.lr=0.001", "--value.lr=0.001", *options]
+    words += [f"--data.eval_prompts={prompt_file(tmp_path)}", "--policy.lr=0.001", "--value.lr=0.001", EXACT]
+    return [*words, *options]
 
 
 SHARING = {
@@ -180,6 +182,12 @@ def test_more_processes_than_rows_are_refused(tiny, tmp_path, capsys):
     words = [*data_words(tmp_path, "sft", tiny()), f"--run.directory={tmp_path / 'run'}"]
     capsys.readouterr()
     assert "at most 5 processes" in refused(capsys, [*words, "--processes=6"])
+
+
+def test_a_cluster_starts_its_processes_itself(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = joint_words(tmp_path, tiny(), ["--cluster=ray"])
+    assert "give the command once, without torchrun" in refused(capsys, words)
 
 
 def kept_steps(run: Path) -> list[str]:
