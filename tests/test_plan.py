@@ -29,7 +29,7 @@ from tandem.plan.devices import DEVICES, gpus_asked_for
 from tandem.plan.layout import Layout
 from tandem.plan.memory import memory_of
 from tandem.plan.model_size import ModelSize
-from tandem.plan.planned import planned
+from tandem.plan.planned import Plan, planned
 from tandem.plan.shapes import SHAPES, size_of_shape
 from tandem.recipe import load_config
 from tandem.stages.planning import PlanSettings, plan_of
@@ -259,6 +259,7 @@ def of_shape(name: str):
         ("ppo-0.5b-24gb", "1x24GB", "qwen-0.5b", qwen3(1024, 3072, 28, 16, tied=True)),
         ("ppo-7b-80gb", "1xH100", "qwen-7b", qwen3(2560, 9728, 36, 32, tied=True)),
         ("ppo-7b-8x80gb", "8xH100", "qwen-7b", qwen3(4096, 12_288, 36, 32, tied=False)),
+        ("ppo-70b-64x80gb", "64xH100", "llama-70b", of_shape("llama-8b")),
         ("ppo-70b-64x180gb", "64xB200", "llama-70b", of_shape("llama-8b")),
     ],
 )
@@ -279,13 +280,19 @@ def test_recipes_of_real_sizes_fit_and_can_be_built(recipe, gpus, policy, reward
     assert plan.demand.rewards[0].scalar_parameters == sum(parameter.numel() for parameter in scorer.parameters())
 
 
-def test_the_largest_recipe_does_not_fit_smaller_cards():
-    """Every GPU holds the whole policy while it samples, so no number of cards that are smaller than that will do."""
-    words = ["--parallel.processes=64"]
-    config = load_config(PpoConfig, RECIPES / "ppo-70b-64x180gb.toml", words)
-    plan = plan_of(config, PlanSettings("64xH100", None, None, "llama-70b", json=False))
-    assert not plan.fits
-    assert plan.memory.peak_phase == "rollout"
+def test_a_policy_that_no_gpu_holds_is_sampled_a_layer_at_a_time():
+    """Gathered whole it fits no card of 80 GB, however many there are; `auto` then does what `layer` does."""
+    recipe, settings = RECIPES / "ppo-70b-64x80gb.toml", PlanSettings("64xH100", None, None, "llama-70b", json=False)
+
+    def plan(gather: str) -> Plan:
+        return plan_of(load_config(PpoConfig, recipe, [f"--rollout.gather={gather}"]), settings)
+
+    whole, layer, auto = plan("model"), plan("layer"), plan("auto")
+    assert not whole.fits
+    assert whole.memory.peak_phase == "rollout"
+    assert auto.phases == layer.phases
+    assert auto.memory == layer.memory
+    assert what_would_fit(whole.demand, whole.layout) == ['rollout.gather = "layer"']
 
 
 def test_the_command_says_it_within_80_columns(capsys, monkeypatch):
