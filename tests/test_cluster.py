@@ -79,7 +79,8 @@ def test_every_process_has_a_bundle_of_what_its_line_says():
     settings = ClusterSection(
         kind="ray", trainer_cpus=8, trainer_gpus=1, generators=2, generator_cpus=4, reward_workers=1, reward_gpus=0.5
     )
-    assert lines(settings) == [
+    assert lines(settings, trainers=2) == [
+        ("trainer", {"CPU": 8.0, "GPU": 1.0}),
         ("trainer", {"CPU": 8.0, "GPU": 1.0}),
         ("generator", {"CPU": 4.0}),
         ("generator", {"CPU": 4.0}),

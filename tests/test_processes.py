@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 # Rounded to 8 bits, in another order. In five steps weights move no further than this, so what it holds are losses and
 # the gradient's norm.
 BFLOAT16 = 1e-2
-NOT_COMPARED = ("time/", "throughput/", "memory/")
+NOT_COMPARED = ("time/", "throughput/", "memory/", "cluster/")
 
 
 def together(words: list[str]) -> int:

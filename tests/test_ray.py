@@ -26,24 +26,35 @@ pytest.importorskip("ray", reason="Ray is not installed here; `make test-ray` ha
 
 from faults.cluster import processes
 from faults.same import differences
+from in_processes import run_in_processes
 from tandem.cli import main
 from tandem.cluster.events import read_events
 from tandem.run.folder import read_metrics
 from test_commands import prompt_file, refused
+from test_processes import assert_same
 
 REWARD = """
 import os, pathlib, signal, time
 marker, calls = pathlib.Path({marker!r}), 0
+
+def itself():
+    return os.getpid()
+
+def another_trainer():
+    titles = {{int(path.name): (path / "cmdline").read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*")}}
+    return next(pid for pid, title in titles.items() if title.startswith(b"ray::Trainer") and pid != os.getpid())
 
 def reward(prompts, responses, rows):
     global calls
     calls += 1
     if calls == {call} and not marker.exists():
         marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill({victim}(), signal.SIGKILL)
     return [float(len(response) % 7) for response in responses]
 """
 SIZE = 2
+BEHIND = ["--rollout.staleness=1", f"--rollout.sequences_per_batch={SIZE}"]
+TOGETHER = ["--cluster=ray", "--processes=2", "--cluster.samples_per_task=1"]
 OVER_RAY = ["--cluster=ray", "--cluster.generators=2", f"--cluster.samples_per_task={SIZE}"]
 
 
@@ -65,10 +76,10 @@ def cluster(tmp_path_factory) -> Iterator[str]:
         head.wait(60)
 
 
-def words_of(tmp_path: Path, model: Path, folder: str, call: int = -1) -> list[str]:
-    """A joint run whose reward kills the process that it runs in, once, at a call (never where that is negative)."""
+def words_of(tmp_path: Path, model: Path, folder: str, call: int = -1, victim: str = "itself") -> list[str]:
+    """A joint run whose reward kills the process that it runs in, or another, once, at a call (never at a negative)."""
     reward = tmp_path / f"reward_{folder}.py"
-    reward.write_text(REWARD.format(marker=str(tmp_path / f"killed_{folder}"), call=call))
+    reward.write_text(REWARD.format(marker=str(tmp_path / f"killed_{folder}"), call=call, victim=victim))
     words = [
         f"--policy.model={model}",
         f"--data.prompts={prompt_file(tmp_path)}",
@@ -84,6 +95,23 @@ def untouched(tiny, tmp_path_factory) -> Path:
     """The run as it is in one process that nobody kills, on batches that are as large as tasks."""
     folder = tmp_path_factory.mktemp("untouched")
     assert main(["ppo", *words_of(folder, tiny(), "run"), f"--rollout.sequences_per_batch={SIZE}"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def behind(tiny, tmp_path_factory) -> Path:
+    """The run in one process whose responses are sampled while it learns from those before."""
+    folder = tmp_path_factory.mktemp("behind")
+    assert main(["ppo", *words_of(folder, tiny(), "run"), *BEHIND]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def in_two(tiny, tmp_path_factory) -> Path:
+    """The run in two processes without a cluster, each response sampled by itself."""
+    folder = tmp_path_factory.mktemp("in_two")
+    words = ["ppo", *words_of(folder, tiny(), "run"), "--rollout.sequences_per_batch=1"]
+    assert run_in_processes([words], folder / "processes") == [0]
     return folder / "run"
 
 
@@ -160,12 +188,34 @@ def test_the_only_generator_that_hangs_is_ended_and_replaced(cluster, tiny, tmp_
     assert [event["reason"] for event in lost(tmp_path / "run", "worker lost")] == ["no answer for 30 s"]
 
 
-def test_sampling_one_update_behind_is_the_same_over_a_cluster(cluster, tiny, tmp_path):
-    behind = ["--rollout.staleness=1", f"--rollout.sequences_per_batch={SIZE}"]
-    assert main(["ppo", *words_of(tmp_path, tiny(), "here"), *behind]) == 0
-    words = [*words_of(tmp_path, tiny(), "there"), *behind, *OVER_RAY, f"--cluster.address={cluster}"]
+def test_sampling_one_update_behind_is_the_same_over_a_cluster(cluster, tiny, tmp_path, behind):
+    words = [*words_of(tmp_path, tiny(), "run"), *BEHIND, *OVER_RAY, f"--cluster.address={cluster}"]
     assert main(["ppo", *words]) == 0
-    assert differences(tmp_path / "here", tmp_path / "there") == []
+    assert differences(tmp_path / "run", behind) == []
+
+
+def test_two_trainers_give_what_two_processes_without_a_cluster_give(cluster, tiny, tmp_path, in_two):
+    words = [*words_of(tmp_path, tiny(), "run"), *TOGETHER, f"--cluster.address={cluster}"]
+    assert main(["ppo", *words, "--cluster.reward_workers=1"]) == 0
+    assert differences(tmp_path / "run", in_two) == []
+
+
+def test_two_trainers_learn_while_generators_sample(cluster, tiny, tmp_path, behind):
+    words = [*words_of(tmp_path, tiny(), "run"), *BEHIND, *OVER_RAY, f"--cluster.address={cluster}", "--processes=2"]
+    assert main(["ppo", *words]) == 0
+    assert_same(tmp_path / "run", behind)
+
+
+def test_a_killed_process_of_a_trainer_takes_it_along(cluster, tiny, tmp_path, in_two, capsys):
+    """It dies while the first one scores the fourth step; the third is done again."""
+    words = [*words_of(tmp_path, tiny(), "run", call=5, victim="another_trainer"), *TOGETHER]
+    assert main(["ppo", *words, f"--cluster.address={cluster}"]) == 0
+    (event,) = lost(tmp_path / "run", "trainer lost")
+    assert (event["processes"], event["goes_on_after_step"]) == ([1], 2)
+    assert differences(tmp_path / "run", in_two) == []
+    said = capsys.readouterr()
+    assert "the trainer died; a new one goes on after step 2" in said.out
+    assert "raylet" not in said.out + said.err
 
 
 def test_a_killed_reward_worker_costs_its_task_alone(cluster, tiny, tmp_path, untouched):

@@ -22,8 +22,6 @@ from tandem.recipe import fields_of, is_finished, load_config, resumed_run
 from tandem.world import join, leave, rank, settle, speaks_for_all, worker, world_size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tandem.run import Progress
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -145,7 +143,7 @@ def _run_stage(name: str, words: Sequence[str]) -> int:
             return DONE
     config = load_config(_STAGES[name], recipe, overrides)
     if name != "pipeline":
-        if config.parallel.processes > 1 and not worker():
+        if not _placed_by_cluster(config) and config.parallel.processes > 1 and not worker():
             return _in_processes(name, config, run, words)
         _settle(config)
     directory = str(run) if run is not None else config.run.directory.replace("{stage}", name)
@@ -181,6 +179,17 @@ def _in_processes(name: str, config: Any, run: Path | None, words: Sequence[str]
     check_device(config.compute.device, config.parallel.processes)
     resume = [] if run is None else ["--resume", str(run)]
     return run_together([name, *_with_processes(name, words), *resume], config.parallel.processes)
+
+
+def _placed_by_cluster(config: Any) -> bool:
+    """Whether a cluster starts the processes that train. Raises InputError where they were started already."""
+    over_cluster = getattr(config, "cluster", None) is not None
+    if over_cluster and worker():
+        raise InputError(
+            "[cluster] starts the processes of a run by itself; give the command once, without torchrun, and how many "
+            f"are to train together by {_PROCESSES} N; or --cluster none."
+        )
+    return over_cluster
 
 
 def _settle(config: Any) -> None:
@@ -258,16 +267,11 @@ def _stage_function(name: str) -> Callable[..., dict[str, Any]]:
 
 def _with_progress(work: Callable[[Progress], Any]) -> Any:
     from tandem.run import Progress
+    from tandem.run.progress import silent_console
 
     quiet_libraries()
-    with Progress(_silent_console() if rank() > 0 else None) as progress:
+    with Progress(silent_console() if rank() > 0 else None) as progress:
         return work(progress)
-
-
-def _silent_console() -> Console:
-    from rich.console import Console
-
-    return Console(file=open(os.devnull, "w", encoding="utf-8"))
 
 
 def quiet_libraries() -> None:

@@ -714,8 +714,8 @@ class ClusterSection(Section):
         description="HOST:PORT of a Ray cluster, or auto for the one that this machine is part of; unset: one is "
         "started on this machine and ends with the run",
     )
-    trainer_cpus: Count = Field(1, description="CPUs of the trainer")
-    trainer_gpus: NonNegative = Field(0.0, description="GPUs of the trainer")
+    trainer_cpus: Count = Field(1, description="CPUs of each process that trains (parallel.processes)")
+    trainer_gpus: NonNegative = Field(0.0, description="GPUs of each process that trains")
     trainer_restarts: int = Field(
         3, ge=0, description="how often in a row a trainer that died starts again without a new checkpoint between"
     )

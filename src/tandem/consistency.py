@@ -92,8 +92,11 @@ def impossible(config: PpoConfig) -> Iterator[str]:
 
 def _impossible_cluster(config: PpoConfig, cluster: ClusterSection) -> Iterator[str]:
     """Resource lines that the rest of the recipe leaves no use for."""
-    if config.parallel.processes > 1:
-        yield f"parallel.processes = {config.parallel.processes}, and over a cluster one process trains; leave it out"
+    if config.parallel.processes > 1 and cluster.trainer_gpus not in (0, 1):
+        yield (
+            f"cluster.trainer_gpus = {cluster.trainer_gpus:g}, and each of parallel.processes = "
+            f"{config.parallel.processes} trains on one GPU; set cluster.trainer_gpus = 1"
+        )
     device = config.compute.device
     gpus = {name: getattr(cluster, name) for name in ("trainer_gpus", "generator_gpus", "reward_gpus")}
     for name, count in gpus.items():
@@ -145,7 +148,9 @@ def too_many_processes(parallel: ParallelSection, section: str, rows: int, kind:
 
 
 def not_in_several_processes(config: PpoConfig) -> Iterator[str]:
-    """A generator with weights of its own is sent them by one process, which has only its part of a sharded policy."""
+    """A generator with weights of its own is sent them by one process, unless it is a worker of a cluster."""
+    if config.cluster is not None:
+        return
     for name, value, alone in (
         ("generator", config.rollout.generator, "torch"),
         ("staleness", config.rollout.staleness, 0),
@@ -153,7 +158,8 @@ def not_in_several_processes(config: PpoConfig) -> Iterator[str]:
         if config.parallel.processes > 1 and value != alone:
             yield (
                 f"rollout.{name} = {value!r} goes with one process, and parallel.processes is "
-                f"{config.parallel.processes}; set parallel.processes = 1 or rollout.{name} = {alone!r}"
+                f"{config.parallel.processes}; set parallel.processes = 1 or rollout.{name} = {alone!r}, or let "
+                "generators sample over a cluster (docs/cluster.md)"
             )
 
 
@@ -214,6 +220,15 @@ def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str
             "rollout",
             ["gather"],
             "one process has the whole policy (parallel.processes = 1)",
+        ),
+        (
+            config.cluster is not None
+            and config.parallel.processes > 1
+            and not any(source.center for source in config.rewards),
+            config.rollout,
+            "rollout",
+            ["gather"],
+            "each generator of a cluster has the whole policy",
         ),
         *_idle_in_rewards(config.rewards),
     ]

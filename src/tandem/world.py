@@ -11,7 +11,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
@@ -25,6 +25,7 @@ from tandem.errors import RunError
 from tandem.types import split_by_tokens
 
 RENDEZVOUS = "TANDEM_RENDEZVOUS"
+_PATIENCE = timedelta(hours=2)
 Part = TypeVar("Part")
 Found = TypeVar("Found")
 
@@ -33,7 +34,8 @@ Found = TypeVar("Found")
 class World:
     """Process `rank` of `size`; weights are cut into size / replicate parts, and each part is kept `replicate` times.
 
-    `checkpointing`: activations are computed again in the backward pass, a layer at a time.
+    `checkpointing`: activations are computed again in the backward pass, a layer at a time. `group` is the one in which
+    they talk; None is the one that they met in.
     """
 
     rank: int = 0
@@ -41,6 +43,7 @@ class World:
     replicate: int = 1
     checkpointing: bool = False
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
 
     @property
     def alone(self) -> bool:
@@ -50,6 +53,13 @@ class World:
     def first(self) -> bool:
         """Whether this is the one process that writes and speaks."""
         return self.rank == 0
+
+    def apart(self) -> World:
+        """The same processes, for a second thread: what is said there does not mix with what is said here.
+
+        All of them must ask for it at the same point.
+        """
+        return self if self.alone else replace(self, group=dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     def deal(self, lengths: Tensor, tokens_per_microbatch: int) -> Iterator[tuple[Tensor, float]]:
         """This process's micro-batches of rows with these lengths [B]: rows, and the weight 1.
@@ -84,7 +94,7 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, the same for all, in the place of the tensor."""
         if not self.alone:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, part: Found) -> list[Found]:
@@ -92,7 +102,7 @@ class World:
         if self.alone:
             return [part]
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, part)
+        dist.all_gather_object(parts, part, group=self.group)
         return parts
 
     def any(self, flag: bool) -> bool:
@@ -109,7 +119,7 @@ class World:
                 told = [(make(), None)]
             except Exception as error:
                 told = [(None, _told(error))]
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0, group=self.group)
         made, fault = told[0]
         if fault is not None:
             raise fault
@@ -132,7 +142,7 @@ class World:
     def wait_for_all(self) -> None:
         """Until every process has come here."""
         if not self.alone:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def _told(error: Exception) -> Exception:
@@ -168,25 +178,31 @@ def rank() -> int:
 
 
 def join(device: str, replicate: int, checkpointing: bool) -> World:
-    """Meet the other processes. `device` is what models compute on, cpu or cuda."""
-    global _world
-    size, on_gpu = world_size(), device == "cuda"
-    if on_gpu:
+    """Meet the processes that this one was started with. `device` is what models compute on, cpu or cuda."""
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     shared_file = os.environ.get(RENDEZVOUS)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        init_method=f"file://{shared_file}" if shared_file else "env://",
-        rank=rank(),
-        world_size=size,
-        timeout=timedelta(hours=2),
-    )
+    place = f"file://{shared_file}" if shared_file else "env://"
+    return _meet(device, replicate, checkpointing, rank=rank(), world_size=world_size(), init_method=place)
+
+
+def join_at(store: dist.Store, number: int, size: int, device: str, replicate: int, checkpointing: bool) -> World:
+    """Meet others at a store, as process `number` of `size`, each on the first of the GPUs that it was given."""
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    return _meet(device, replicate, checkpointing, rank=number, world_size=size, store=store)
+
+
+def _meet(device: str, replicate: int, checkpointing: bool, **place: Any) -> World:
+    global _world
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE, **place)
+    size = dist.get_world_size()
     mesh = (
         init_device_mesh(device, (size,), mesh_dim_names=("fsdp",))
         if replicate == 1
         else init_device_mesh(device, (replicate, size // replicate), mesh_dim_names=("replicate", "fsdp"))
     )
-    _world = World(rank(), size, replicate, checkpointing, mesh)
+    _world = World(dist.get_rank(), size, replicate, checkpointing, mesh)
     return _world
 
 

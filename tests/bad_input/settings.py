@@ -31,7 +31,8 @@ TABLE = [
     ("sft", ["--zzz=8"], "zzz = 8", "--help lists every key"),
     # A cluster.
     ("ppo", ["--cluster=slurm"], "cluster.kind = 'slurm'", "'ray'"),
-    ("ppo", ["--cluster=ray", "--parallel.processes=2"], "over a cluster one process trains"),
+    ("ppo", ["--cluster=ray", "--parallel.processes=2", "--cluster.trainer_gpus=2"], "trains on one GPU"),
+    ("ppo", ["--cluster=ray", "--parallel.processes=2", "--rollout.gather=layer"], "has the whole policy"),
     ("ppo", ["--cluster=ray", "--cluster.generators=99"], "cluster.generators = 99", "some would never work"),
     ("ppo", ["--cluster=ray", "--cluster.reward_cpus=2"], "needs reward_workers"),
     ("ppo", ["--cluster=ray", "--cluster.trainer_gpus=1.5"], "trainer_gpus = 1.5", "whole number"),

@@ -40,27 +40,28 @@ class Placed:
         }
 
 
-def lines(settings: ClusterSection) -> list[tuple[Role, Bundle]]:
-    """A bundle for each process. One trainer has one bundle; one of several processes would have as many."""
+def lines(settings: ClusterSection, trainers: int) -> list[tuple[Role, Bundle]]:
+    """A bundle for each process; so many train together."""
 
     def bundle(cpus: int, gpus: float) -> Bundle:
         return {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
 
     generator = bundle(settings.generator_cpus, settings.generator_gpus)
     scorer = bundle(settings.reward_cpus, settings.reward_gpus)
-    placed: list[tuple[Role, Bundle]] = [("trainer", bundle(settings.trainer_cpus, settings.trainer_gpus))]
+    trainer = bundle(settings.trainer_cpus, settings.trainer_gpus)
+    placed: list[tuple[Role, Bundle]] = [("trainer", trainer) for _ in range(trainers)]
     placed += [("generator", generator) for _ in range(settings.generators)]
     placed += [("reward worker", scorer) for _ in range(settings.reward_workers)]
     return placed
 
 
 @contextmanager
-def placed(settings: ClusterSection) -> Iterator[Placed]:
-    """A cluster with a place for every process; what was started here ends with it.
+def placed(settings: ClusterSection, trainers: int) -> Iterator[Placed]:
+    """A cluster with a place for every process, so many of which train; what was started here ends with it.
 
     Raises InputError where there is no such cluster, or it has not what the resource lines ask for.
     """
-    roles, bundles = zip(*lines(settings), strict=True)
+    roles, bundles = zip(*lines(settings, trainers), strict=True)
     _connect(settings.address, sum(bundle["CPU"] for bundle in bundles))
     try:
         _check_room(bundles)

@@ -47,7 +47,7 @@ def steps_in(folder: Path) -> int:
 def sampling_knobs(config: PpoConfig) -> dict[str, str]:
     """What sampling responses takes its memory for: the KV cache of the rows that decode together."""
     rollout = config.rollout
-    gathers = config.parallel.processes > 1 and rollout.gather != "layer"
+    gathers = config.parallel.processes > 1 and config.cluster is None and rollout.gather != "layer"
     return (
         {
             f"rollout.sequences_per_batch = {rollout.sequences_per_batch}": "lower it",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,11 @@ class Stage:
         self._progress.say(
             f"{self._name}  {self._done}/{self._steps}  {elapsed:.0f} s, {left:.0f} s left  {self._numbers}".rstrip()
         )
+
+
+def silent_console() -> Console:
+    """For a process that is not the one to speak."""
+    return Console(file=open(os.devnull, "w", encoding="utf-8"))
 
 
 def _short(value: float) -> str:

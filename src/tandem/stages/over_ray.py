@@ -3,63 +3,38 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, cast
+from typing import Any
 
-from rich.console import Console
-
-from tandem.cluster.desk import SIGNALS, DeskWriter, answer_signals, open_desk
+from tandem.cluster.desk import SIGNALS, open_desk
 from tandem.cluster.events import Events
 from tandem.cluster.library import ray
 from tandem.cluster.placement import Placed, placed
 from tandem.config import PpoConfig
-from tandem.errors import InputError, Interrupted, RunError
+from tandem.errors import Interrupted, RunError
 from tandem.recipe import RECORD, command_to_resume
 from tandem.run import Progress
 from tandem.run.checkpoints import kept_checkpoints
 from tandem.run.start import CHECKPOINTS
-from tandem.stages.ppo import run_ppo
-from tandem.stages.workers import RayWorkers, at_home
+from tandem.stages.trainer import Ended, Order, Trainer
 
 _WARNING = "WARNING: "
+_SECONDS_TO_END, _SECONDS_AFTER_THE_FIRST = 10.0, 1.0
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a trainer came to its end: with a summary, or an error that a person is told of."""
+class Lost:
+    """A trainer of which these processes died; the others were ended."""
 
-    summary: Mapping[str, Any] | None
-    error: InputError | RunError | Interrupted | None
-
-
-class Trainer:
-    """The process that trains: the very same joint stage, with workers to sample and score for it."""
-
-    def run(self, config: PpoConfig, place: Placed, desk: Any, folder: str, life: int, resume: bool) -> Ended:
-        """The run, from its start or its last checkpoint. `life` counts the trainers that died before this one."""
-        answer_signals(desk)
-        writer = DeskWriter(desk)
-        try:
-            at_home(config, folder)
-            run = Path(config.run.directory)
-            resume = resume or (life > 0 and (run / RECORD).exists())
-            console = Console(file=cast(IO[str], writer), highlight=False, soft_wrap=True, color_system=None)
-            with Progress(console) as progress:
-                run.mkdir(parents=True, exist_ok=True)
-                workers = RayWorkers(config, place, run, progress.warn)
-                return Ended(run_ppo(config, progress, resume=resume, workers=workers), None)
-        except (InputError, RunError, Interrupted) as error:
-            return Ended(None, error)
-        except KeyboardInterrupt:
-            return Ended(None, Interrupted("stopped."))
-        finally:
-            writer.wait()
+    processes: Sequence[int]
 
 
 def run_over_ray(config: PpoConfig, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
@@ -70,7 +45,7 @@ def run_over_ray(config: PpoConfig, progress: Progress, *, resume: bool = False)
     assert config.cluster is not None
     with ExitStack() as until_the_end:
         with progress.console.status("placing the processes"):
-            place = until_the_end.enter_context(placed(config.cluster))
+            place = until_the_end.enter_context(placed(config.cluster, config.parallel.processes))
         ended = _lives(config, place, progress, resume)
     if ended.error is not None:
         raise ended.error
@@ -84,14 +59,15 @@ def _lives(config: PpoConfig, place: Placed, progress: Progress, resume: bool) -
     run, deaths = Path(config.run.directory), 0
     saved, again = _saved(run), command_to_resume("ppo", run)
     for life in itertools.count():
+        goes_on = resume or (life > 0 and (run / RECORD).exists())
         with _collected_signals() as rung:
-            ended = _one_life(config, place, progress, life, resume, rung)
-        if ended is not None:
+            ended = _one_life(config, place, progress, goes_on, rung)
+        if isinstance(ended, Ended):
             return ended
         before, saved = saved, _saved(run)
         deaths = 1 if saved > before else deaths + 1
         if run.is_dir():
-            Events(run).write("trainer lost", goes_on_after_step=saved)
+            Events(run).write("trainer lost", processes=ended.processes, goes_on_after_step=saved)
         if rung:
             raise Interrupted(f"ended by a signal. The state after step {saved} is saved; go on with: {again}")
         if deaths > config.cluster.trainer_restarts:
@@ -103,30 +79,69 @@ def _lives(config: PpoConfig, place: Placed, progress: Progress, resume: bool) -
     raise AssertionError("there is no last life")
 
 
-def _one_life(
-    config: PpoConfig, place: Placed, progress: Progress, life: int, resume: bool, rung: list[int]
-) -> Ended | None:
-    """A trainer from its start to its end; None where it died."""
-    desk = open_desk()
-    trainer = ray().remote(Trainer).options(**place.options("trainer", 0)).remote()
-    running, told, lines = trainer.run.remote(config, place, desk, os.getcwd(), life, resume), 0, desk.said.remote()
-    while True:
-        ready, _ = ray().wait([running, lines], num_returns=1, timeout=0.2)
+def _one_life(config: PpoConfig, place: Placed, progress: Progress, resume: bool, rung: list[int]) -> Ended | Lost:
+    """A trainer from its start to its end. Where one of its processes dies, the others are ended."""
+    desk, count = open_desk(), config.parallel.processes
+    order = Order(config, place, desk, os.getcwd(), resume)
+    trainers = [ray().remote(Trainer).options(**place.options("trainer", rank)).remote(rank) for rank in range(count)]
+    meeting = trainers[0].open.remote() if count > 1 else None
+    running = [trainer.run.remote(order, meeting) for trainer in trainers]
+    try:
+        return _verdict(_ends(running, desk, progress, rung), count)
+    finally:
+        for process in (*trainers, desk):
+            ray().kill(process)
+
+
+def _ends(running: Sequence[Any], desk: Any, progress: Progress, rung: list[int]) -> Mapping[int, Ended | Exception]:
+    """How the processes of a trainer ended, in the order in which they did.
+
+    Once one has, the others have a little time; those that then wait for it in vain have no end here.
+    """
+    ends: dict[int, Ended | Exception] = {}
+    told, lines, deadline = 0, desk.said.remote(), math.inf
+    while len(ends) < len(running) and time.monotonic() < deadline:
+        going = [answer for rank, answer in enumerate(running) if rank not in ends]
+        ready, _ = ray().wait([*going, lines], num_returns=1, timeout=0.2)
         for number in rung[told:]:
             desk.ring.remote(number)
         told = len(rung)
         if lines in ready:
             _show(ray().get(lines), progress)
             lines = desk.said.remote()
-        if running in ready:
-            _show(ray().get(lines), progress)
-            try:
-                return ray().get(running)
-            except ray().exceptions.RayActorError:
-                return None
-            finally:
-                ray().kill(trainer)
-                ray().kill(desk)
+        ends |= {rank: _end_of(answer) for rank, answer in enumerate(running) if answer in ready}
+        if ends:
+            allowed = _SECONDS_AFTER_THE_FIRST if isinstance(ends.get(0), Ended) else _SECONDS_TO_END
+            deadline = min(deadline, time.monotonic() + allowed)
+    _show(ray().get(lines), progress)
+    return ends
+
+
+def _end_of(answer: Any) -> Ended | Exception:
+    try:
+        ended: Ended = ray().get(answer)
+    except ray().exceptions.RayError as error:
+        return error
+    return ended
+
+
+def _verdict(ends: Mapping[int, Ended | Exception], count: int) -> Ended | Lost:
+    """What the ends of its processes say of a trainer. Raises what one of them raised that nobody foresaw.
+
+    The first process speaks for all where it can. A death comes before errors, which others have of it.
+    """
+    first = ends.get(0)
+    if isinstance(first, Ended):
+        return first
+    died = [rank for rank, end in ends.items() if isinstance(end, ray().exceptions.RayActorError)]
+    if died:
+        return Lost(died)
+    for end in ends.values():
+        if isinstance(end, Exception):
+            raise end
+        if end.error is not None:
+            return end
+    return Lost([rank for rank in range(count) if rank not in ends])
 
 
 def _show(lines: list[str], progress: Progress) -> None:

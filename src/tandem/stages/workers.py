@@ -31,8 +31,10 @@ from tandem.rollout.vllm_generator import draw_seeds
 from tandem.run.quiet import quiet_libraries
 from tandem.stages.joint_setup import reward_terms
 from tandem.stages.sampling import make_engine, make_generator
+from tandem.stages.together import by_first
 from tandem.text import decoder
 from tandem.types import Prompt, Rollout
+from tandem.world import World, world
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def at_home(config: PpoConfig, folder: str) -> Placement:
 class RayWorkers:
     """Workers over a Ray cluster. They belong to the process that makes them, and end with it.
 
-    `warn` is told of losses.
+    Of several processes that train together all make this, and the first one has the workers: it tells the others what
+    they answered. `warn` is told of losses.
     """
 
     def __init__(self, config: PpoConfig, placed: Placed, run: Path, warn: Callable[[str], None]) -> None:
@@ -131,16 +134,18 @@ class RayWorkers:
         self._run = run
         self._events = Events(run)
         patience = Patience(self._settings.late_after, self._settings.silent_seconds)
-        folder = str(Path.cwd())
+        folder, here = str(Path.cwd()), world().first
 
         def pool(role: Any, count: int, kind: type) -> Pool:
             def start(number: int) -> Any:
                 return ray().remote(kind).options(**placed.options(role, number)).remote(config, folder)
 
-            return Pool(role, count, start, patience, self._events, warn)
+            return Pool(role, count if here else 0, start, patience, self._events, warn)
 
         self.generators = pool("generator", self._settings.generators, GeneratorWorker)
         self.scorers = pool("reward worker", self._settings.reward_workers, RewardWorker)
+        # With a staleness of 1 a thread beside training samples, and tells the others too.
+        self._sampling = world().apart()
 
     def generator(self, random: torch.Generator) -> PooledGenerator:
         """One that draws the chance in responses from `random`, as the recipe's generator in one process does."""
@@ -150,13 +155,14 @@ class RayWorkers:
                 return draw_seeds(count, random)
             return draw_uniform(count, self._rollout.max_new_tokens, random)
 
-        return PooledGenerator(self.generators, draw, self._settings.samples_per_task, self._numbers)
+        return PooledGenerator(self.generators, draw, self._settings.samples_per_task, self._numbers, self._sampling)
 
     def spread(self, terms: Mapping[str, Term]) -> dict[str, Term]:
         if self._settings.reward_workers == 0:
             return dict(terms)
         size = self._settings.samples_per_task
-        return {name: Term(PooledScorer(self.scorers, name, size), term.weight) for name, term in terms.items()}
+        spread = {name: by_first(PooledScorer(self.scorers, name, size)) for name in terms}
+        return {name: Term(spread[name], term.weight) for name, term in terms.items()}
 
     def begin_step(self, number: int) -> None:
         self._events.begin(number)
@@ -185,20 +191,35 @@ class PooledGenerator:
     """A generator that spreads prompts over the generators of a pool.
 
     Each response has its chance drawn for it, as in one process. So what is sampled does not depend on how many
-    generators there are, which of them answers, or whether one dies.
+    generators there are, which of them answers, or whether one dies. All of `together` do the same with theirs at the
+    same time: they draw the same chance, and the first of them, which has the pool, tells the others the responses.
     """
 
     def __init__(
-        self, pool: Pool, draw: Callable[[int], Tensor], samples_per_task: int, numbers: Iterator[int]
+        self,
+        pool: Pool,
+        draw: Callable[[int], Tensor],
+        samples_per_task: int,
+        numbers: Iterator[int],
+        together: World,
     ) -> None:
         self._pool, self._draw, self._size, self._numbers = pool, draw, samples_per_task, numbers
+        self._together = together
         self._sent: Sent | None = None
         self._stopping = Stopping()
         self.version = 0
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Sample from these weights from now on: generators fetch them with their next task."""
-        self._sent, self.version = send(weights, next(self._numbers)), version
+        """Sample from these weights from now on: generators fetch them with their next task.
+
+        Weights that are cut over several processes are gathered one by one, so all go through them.
+        """
+        self._sent, self.version = None, version
+        if self._together.first:
+            self._sent = send(weights, next(self._numbers))
+        else:
+            for _ in weights:
+                pass
 
     def stop(self) -> None:
         """Let a `generate` in another thread end soon, by raising GivenUp."""
@@ -206,7 +227,11 @@ class PooledGenerator:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response for each prompt, in their order; the longest prompts are handed out first."""
-        sent, chance = self._sent, self._draw(len(prompts)).cpu()
+        chance = self._draw(len(prompts)).cpu()
+        return self._together.from_first(lambda: self._spread(prompts, chance))
+
+    def _spread(self, prompts: Sequence[Prompt], chance: Tensor) -> list[Rollout]:
+        sent = self._sent
         groups = groups_by_length(prompts, self._size)[::-1]
         asked = [Asked([prompts[row] for row in group], chance[group]) for group in groups]
         answers = self._pool.run(asked, lambda process, one: process.answer.remote(sent, one), self._stopping.check)
