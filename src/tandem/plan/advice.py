@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from tandem.plan.demand import Demand
@@ -25,7 +26,7 @@ class Change:
     demand: Demand
     layout: Layout
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
         return planned(self.demand, self.layout)
 
@@ -44,11 +45,19 @@ class Faster:
 def what_would_fit(demand: Demand, layout: Layout) -> list[str]:
     """Lines of the recipe that together make it fit; none where no line does.
 
-    One alone is looked for first, from what costs least to what changes what is trained; then one upon the other.
+    One change alone is looked for first, from what costs least to what changes what is trained; then one upon the
+    other; last, to do without a cluster.
     """
-    for change in _smaller(demand, layout):
-        if change.plan.fits:
-            return list(change.lines)
+    alone = (change for change in _smaller(demand, layout) if change.plan.fits)
+    without = (change for change in _without_cluster(demand, layout) if change.plan.fits)
+    if (change := next(alone, None)) is not None:
+        return list(change.lines)
+    if together := _one_upon_the_other(demand, layout):
+        return together
+    return next((list(change.lines) for change in without), [])
+
+
+def _one_upon_the_other(demand: Demand, layout: Layout) -> list[str]:
     said: dict[str, str] = {}
     lacking = planned(demand, layout).lacking
     while lacking != (0, 0.0):
@@ -108,8 +117,6 @@ def _smaller(demand: Demand, layout: Layout) -> Iterator[Change]:
         while layers > 1:
             layers //= 2
             yield Change([f"adapters.upper_layers = {layers}"], replace(demand, upper_layers=layers), layout)
-    if layout.cluster is not None:
-        yield from _without_cluster(demand, layout, layout.cluster)
 
 
 def _fewer_rows(demand: Demand, layout: Layout) -> Iterator[Change]:
@@ -120,33 +127,30 @@ def _fewer_rows(demand: Demand, layout: Layout) -> Iterator[Change]:
 
 
 def _smaller_cluster(demand: Demand, layout: Layout, cluster: Cluster) -> Iterator[Change]:
-    """Fewer processes where there are too few GPUs, more that train where models do not fit, smaller tasks."""
-    for count in range(cluster.generators.count - 1, 0, -1):
-        fewer = replace(layout, cluster=replace(cluster, generators=replace(cluster.generators, count=count)))
-        if fewer.gpus_spare >= 0 > layout.gpus_spare:
-            yield Change([f"cluster.generators = {count}"], demand, fewer)
-            break
-    for count in range(cluster.scorers.count - 1, 0, -1):
-        fewer = replace(layout, cluster=replace(cluster, scorers=replace(cluster.scorers, count=count)))
-        if fewer.gpus_spare >= 0 > layout.gpus_spare:
-            yield Change([f"cluster.reward_workers = {count}"], demand, fewer)
-            break
-    if layout.replicas == 1 and cluster.trainer_gpus == 1:
-        for trainers in range(layout.gpus + 1, layout.gpus + max(0, layout.gpus_spare) + 1):
-            more = replace(layout, gpus=trainers, shard=trainers)
-            if _can_train(demand, trainers):
-                yield Change([f"parallel.processes = {trainers}"], demand, more)
+    """Smaller tasks, and the GPUs that there are dealt out otherwise, as little as it takes."""
     samples = cluster.samples_per_task
     while samples > 1 and layout.cache_gib is None:
         samples //= 2
         smaller = replace(layout, cluster=replace(cluster, samples_per_task=samples))
         yield Change([f"cluster.samples_per_task = {samples}"], demand, smaller)
+    yield from sorted(_splits(demand, layout, cluster), key=lambda change: _moved(layout, change.layout))
 
 
-def _without_cluster(demand: Demand, layout: Layout, cluster: Cluster) -> Iterator[Change]:
+def _moved(before: Layout, after: Layout) -> float:
+    """How much another share of the processes trains."""
+    shares = [
+        layout.gpus / (layout.gpus + layout.cluster.generators.count)
+        for layout in (before, after)
+        if layout.cluster is not None
+    ]
+    return abs(shares[0] - shares[1])
+
+
+def _without_cluster(demand: Demand, layout: Layout) -> Iterator[Change]:
     """All GPUs train and sample, a layer at a time if need be."""
-    gpus = cluster.gpus_there
-    if _can_train(demand, gpus):
+    cluster = layout.cluster
+    if cluster is not None and _can_train(demand, cluster.gpus_there):
+        gpus = cluster.gpus_there
         alone = replace(layout, gpus=gpus, shard=gpus, generator="torch", cache_gib=None, gather="auto", cluster=None)
         lines = ["no [cluster] (--cluster none)", f"parallel.processes = {gpus}"]
         lines += ['rollout.generator = "torch"'] * (layout.generator != "torch")
@@ -163,6 +167,9 @@ def _quicker(demand: Demand, layout: Layout) -> Iterator[Change]:
     """Changes of who samples and of how many rows decode together; none changes what is computed, but for a staleness
     of 1."""
     cluster = layout.cluster
+    if layout.cache_gib is not None:
+        for gib in (2.0 * layout.cache_gib, 4.0 * layout.cache_gib, 8.0 * layout.cache_gib):
+            yield Change([f"rollout.vllm.kv_cache_gib = {gib}"], demand, replace(layout, cache_gib=gib))
     if cluster is None:
         if samples_by_layer(demand, layout):
             yield Change(['rollout.gather = "model"'], demand, replace(layout, gather="model"))
@@ -170,18 +177,35 @@ def _quicker(demand: Demand, layout: Layout) -> Iterator[Change]:
         if layout.generator == "torch":
             yield from _more_rows(demand, layout)
         return
-    yield from _other_splits(demand, layout, cluster)
-    samples = cluster.samples_per_task
-    while samples * cluster.generators.count < demand.sequences:
-        samples *= 2
-        rows = max(samples, demand.sequences_per_batch)
-        lines = [f"cluster.samples_per_task = {samples}"]
-        lines += [f"rollout.sequences_per_batch = {rows}"] * (rows > demand.sequences_per_batch)
-        larger = replace(layout, cluster=replace(cluster, samples_per_task=samples))
-        yield Change(lines, replace(demand, sequences_per_batch=rows), larger)
+    yield from _other_tasks(Change([], demand, layout))
+    for change in (*_splits(demand, layout, cluster), *_fewer_generators(demand, layout, cluster)):
+        yield change
+        yield from _other_tasks(change)
     if not cluster.ahead:
         ahead = replace(layout, cluster=replace(cluster, ahead=True))
         yield Change(["rollout.staleness = 1"], replace(demand, recompute=True), ahead)
+
+
+def _fewer_generators(demand: Demand, layout: Layout, cluster: Cluster) -> Iterator[Change]:
+    """Weights go to the machines of the generators one after another: of many, some may cost more than they do."""
+    count = cluster.generators.count
+    while count > 1:
+        count //= 2
+        fewer = replace(cluster, generators=replace(cluster.generators, count=count))
+        yield Change([f"cluster.generators = {count}"], demand, replace(layout, cluster=fewer))
+
+
+def _other_tasks(change: Change) -> Iterator[Change]:
+    """After a change, tasks of which every generator takes as many: one, two, or more smaller ones."""
+    demand, cluster = change.demand, change.layout.cluster
+    assert cluster is not None
+    for rounds in (1, 2, 4):
+        samples = -(-demand.sequences // (cluster.generators.count * rounds))
+        rows = max(samples, demand.sequences_per_batch)
+        lines = [*change.lines, f"cluster.samples_per_task = {samples}"]
+        lines += [f"rollout.sequences_per_batch = {rows}"] * (rows > demand.sequences_per_batch)
+        layout = replace(change.layout, cluster=replace(cluster, samples_per_task=samples))
+        yield Change(lines, replace(demand, sequences_per_batch=rows), layout)
 
 
 def _more_rows(demand: Demand, layout: Layout) -> Iterator[Change]:
@@ -191,12 +215,12 @@ def _more_rows(demand: Demand, layout: Layout) -> Iterator[Change]:
         yield Change([f"rollout.sequences_per_batch = {rows}"], replace(demand, sequences_per_batch=rows), layout)
 
 
-def _other_splits(demand: Demand, layout: Layout, cluster: Cluster) -> Iterator[Change]:
-    """The same GPUs, dealt out otherwise between trainers and generators."""
+def _splits(demand: Demand, layout: Layout, cluster: Cluster) -> Iterator[Change]:
+    """The GPUs that there are, dealt out between trainers and generators."""
     if layout.replicas > 1 or cluster.trainer_gpus != 1:
         return
     each = cluster.generators.gpus
-    both = layout.gpus + cluster.generators.count * each + max(0, layout.gpus_spare)
+    both = layout.gpus + cluster.generators.count * each + layout.gpus_spare
     most, tasks = int(both - each), -(-demand.sequences // cluster.samples_per_task)
     for trainers in range(1, most + 1, max(1, most // SPLITS)):
         generators = min(tasks, int((both - trainers) / each + 1e-9))

@@ -45,7 +45,8 @@ def rollout(demand: Demand, layout: Layout) -> Cost:
 def token(demand: Demand, layout: Layout) -> Cost:
     """One token more for all rows that decode together.
 
-    On a GPU the weights are read while they are multiplied; a processor does one after the other.
+    On a GPU the weights are read while they are multiplied, and keys and values once for all query heads that share
+    them; a processor does one after the other, and each query head reads by itself.
     """
     size, lengths, device = demand.policy, demand.lengths, layout.device
     flops, bandwidth = rates(layout)
@@ -55,8 +56,9 @@ def token(demand: Demand, layout: Layout) -> Cost:
     multiplying = (2.0 * weights * going) / flops
     fetching = weights * demand.width / bandwidth
     context = lengths.mean_prompt + lengths.mean_response / 2
+    heads_a_key = 1.0 if device.is_gpu else size.attention / size.keys
     moved = going * (
-        context * cache_bytes(size, demand.width) * CACHE_PASSES
+        context * cache_bytes(size, demand.width) * heads_a_key * CACHE_PASSES
         + size.layers * token_traffic(size, rank) * demand.width
         + size.vocabulary * 4.0 * SAMPLING_PASSES
     )

@@ -130,8 +130,12 @@ def samples_by_layer(demand: Demand, layout: Layout) -> bool:
 
 
 def rows_together(demand: Demand, layout: Layout) -> int:
-    """Rows that decode together on one GPU."""
-    return min(-(-demand.sequences // layout.gpus), demand.sequences_per_batch)
+    """Rows that decode together on one GPU; where room for keys and values is set aside, as many as it holds."""
+    rows = min(-(-demand.sequences // layout.gpus), demand.sequences_per_batch)
+    if layout.cache_gib is None:
+        return rows
+    held = layout.cache_gib * 2**30 / (demand.lengths.mean * cache_bytes(demand.policy, demand.width))
+    return max(1, min(rows, int(held)))
 
 
 def _evaluate(demand: Demand, layout: Layout) -> dict[str, float]:

@@ -149,7 +149,8 @@ def cluster_of(config: PpoConfig, settings: ClusterSection, device: Device, gpus
     for name in computing:
         if getattr(settings, name) == 0:
             raise InputError(
-                f"cluster.{name} is 0, so those processes compute on CPUs, which are not planned; set it to 1."
+                f"cluster.{name} = 0: those processes would compute on CPUs, which is not planned; set it to 1, or to "
+                "a share of a GPU."
             )
 
     def workers(count: int, gpus: float) -> Workers:
