@@ -447,13 +447,19 @@ def test_vllm_decodes_as_many_rows_together_as_its_cache_holds():
     assert any(line.startswith("rollout.vllm.kv_cache_gib = ") for line in faster.lines)
 
 
-def test_generators_of_their_own_are_advised_where_layers_are_gathered_and_a_copy_fits():
-    demand = demand_for(*SEVENTY, size=size_of_shape("7b"))
-    plan = planned(demand, replace(layout_for("A100-40GB", 16), activation_checkpointing=True, gather="layer"))
+def test_generators_of_their_own_are_advised_where_the_policy_is_gathered_by_layer_and_a_copy_fits():
+    """32B on 64 cards: beside what trains there is no room for a copy, and on a card by itself there is."""
+    settings = PlanSettings("64xH100", None, None, "32b", json=False)
+    words = [*BASE, "--value.start=policy", *SEVENTY, "--rollout.max_new_tokens=512", "--rollout.gather=layer"]
+    plan = plan_of(load_config(PpoConfig, None, [*words, "--parallel.processes=64"]), settings)
+    assert plan.fits
     assert plan.by_layer is not None
     faster = what_would_be_faster(plan)
     assert faster is not None
-    assert 'rollout.gather = "model"' in faster.lines or 'cluster.kind = "ray"' in faster.lines
+    after = plan_of(load_config(PpoConfig, None, [*words, *followed(faster.lines)]), settings)
+    assert after.layout.cluster is not None
+    assert after.fits
+    assert after.tokens_per_day == pytest.approx(faster.times * plan.tokens_per_day)
 
 
 def test_the_command_says_it_within_80_columns(capsys, monkeypatch):

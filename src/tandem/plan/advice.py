@@ -196,7 +196,7 @@ def _fewer_generators(demand: Demand, layout: Layout, cluster: Cluster) -> Itera
 
 
 def _other_tasks(change: Change) -> Iterator[Change]:
-    """After a change, tasks of which every generator takes as many: one, two, or more smaller ones."""
+    """After a change, tasks of which every generator takes as many: one, two, or more smaller ones, with work for all."""
     demand, cluster = change.demand, change.layout.cluster
     assert cluster is not None
     for rounds in (1, 2, 4):
@@ -205,7 +205,8 @@ def _other_tasks(change: Change) -> Iterator[Change]:
         lines = [*change.lines, f"cluster.samples_per_task = {samples}"]
         lines += [f"rollout.sequences_per_batch = {rows}"] * (rows > demand.sequences_per_batch)
         layout = replace(change.layout, cluster=replace(cluster, samples_per_task=samples))
-        yield Change(lines, replace(demand, sequences_per_batch=rows), layout)
+        if max(cluster.generators.count, cluster.scorers.count) <= -(-demand.sequences // samples):
+            yield Change(lines, replace(demand, sequences_per_batch=rows), layout)
 
 
 def _more_rows(demand: Demand, layout: Layout) -> Iterator[Change]:
@@ -240,7 +241,8 @@ def _generators_of_their_own(demand: Demand, layout: Layout) -> Iterator[Change]
         trainers = layout.gpus - generators
         workers = Workers(generators, 1.0, layout.device)
         cluster = Cluster(layout.gpus, 1.0, workers, Workers(0, 0.0, layout.device), samples, ahead=False)
-        apart = replace(layout, gpus=trainers, shard=trainers, cluster=cluster)
+        apart = replace(layout, gpus=trainers, shard=trainers, gather="auto", cluster=cluster)
         lines = ['cluster.kind = "ray"', "cluster.trainer_gpus = 1", "cluster.generator_gpus = 1"]
+        lines += ['rollout.gather = "auto"'] * (layout.gather != "auto")
         lines += [f"parallel.processes = {trainers}", f"cluster.generators = {generators}"]
         yield Change([*lines, f"cluster.samples_per_task = {samples}"], demand, apart)
