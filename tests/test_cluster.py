@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from generators import make
+from sharded_memory import peak_growth
 from tandem.cluster.events import Events, read_events, summed
 from tandem.cluster.library import ray
 from tandem.cluster.placement import lines
+from tandem.cluster.transport import buckets
 from tandem.config import ClusterSection
 from tandem.errors import InputError
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
@@ -86,6 +88,14 @@ def test_every_process_has_a_bundle_of_what_its_line_says():
         ("generator", {"CPU": 4.0}),
         ("reward worker", {"CPU": 1.0, "GPU": 0.5}),
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory in /proc")
+def test_weights_are_packed_a_bucket_at_a_time():
+    weights = ((str(number), torch.full((2**22,), 1.0)) for number in range(40))
+    grown, names = peak_growth(lambda: [packed.name for bucket in buckets(weights) for packed in bucket])
+    assert names == [str(number) for number in range(40)]
+    assert grown < 40 * 2**24 / 3
 
 
 def test_ray_that_is_not_installed_is_told_of(monkeypatch):

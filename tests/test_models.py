@@ -234,6 +234,15 @@ def test_bfloat16_models_compute_close_to_float32(tiny):
     assert (rough - exact).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_copy_computes_what_the_policy_computes_in_bfloat16(tiny, architecture):
+    policy = CausalPolicy(Trunk(load(tiny(architecture), torch.bfloat16)), FULL_DISTRIBUTION)
+    tokens = whole_texts([list(range(5, 60))])
+    with torch.no_grad():
+        hidden, of_copy = (one.trunk.hidden(tokens) for one in (policy, policy.own_copy()))
+    assert torch.equal(hidden, of_copy)
+
+
 def test_more_adapted_layers_than_the_model_has_are_refused(tiny):
     with pytest.raises(InputError, match="upper_layers = 9"):
         Trunk(load(tiny())).add_adapter("policy", AdapterSection(upper_layers=9))

@@ -30,6 +30,7 @@ class Events:
     def write(self, event: str, **details: Any) -> None:
         """One more event: what happened, in which step, when, and what it concerns."""
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"time": when, "step": self._step, "event": event} | details) + "\n")
         self._counts[event] += 1

@@ -35,10 +35,11 @@ class Sent:
 
 def send(weights: Iterable[tuple[str, Tensor]], number: int) -> Sent:
     """Put weights into the object store; of a model that is larger than memory allows twice, a bucket at a time."""
-    return Sent(number, [ray().put(bucket) for bucket in _buckets(weights)])
+    return Sent(number, [ray().put(bucket) for bucket in buckets(weights)])
 
 
-def _buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[Packed]]:
+def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[Packed]]:
+    """Weights packed together up to some 64 MiB, as they come."""
     bucket: list[Packed] = []
     size = 0
     for name, tensor in weights:

@@ -121,6 +121,9 @@ class CausalPolicy:
             model = type(self._model)(self._model.config)
         model = model.to(device=self.device, dtype=self._model.dtype).eval().requires_grad_(False)
         model.load_state_dict(dict(self.weights()))
+        # What is computed and not saved, such as rotary frequencies, is finer than the weights may be.
+        for name, buffer in model.named_buffers():
+            buffer.data = self._model.get_buffer(name).detach().clone()
         model.generation_config = self._model.generation_config
         return CausalPolicy(Trunk(model), self.rule)
 

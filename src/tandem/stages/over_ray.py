@@ -27,7 +27,7 @@ from tandem.run.start import CHECKPOINTS
 from tandem.stages.trainer import Ended, Order, Trainer
 
 _WARNING = "WARNING: "
-_SECONDS_TO_END, _SECONDS_AFTER_THE_FIRST = 10.0, 1.0
+_SECONDS_TO_END, _SECONDS_AFTER_ALL = 10.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def _one_life(config: PpoConfig, place: Placed, progress: Progress, resume: bool
     meeting = trainers[0].open.remote() if count > 1 else None
     running = [trainer.run.remote(order, meeting) for trainer in trainers]
     try:
-        return _verdict(_ends(running, desk, progress, rung), count)
+        return verdict(_ends(running, desk, progress, rung), count)
     finally:
-        for process in (*trainers, desk):
-            ray().kill(process)
+        for trainer in trainers:
+            ray().kill(trainer)
 
 
 def _ends(running: Sequence[Any], desk: Any, progress: Progress, rung: list[int]) -> Mapping[int, Ended | Exception]:
@@ -111,7 +111,7 @@ def _ends(running: Sequence[Any], desk: Any, progress: Progress, rung: list[int]
             lines = desk.said.remote()
         ends |= {rank: _end_of(answer) for rank, answer in enumerate(running) if answer in ready}
         if ends:
-            allowed = _SECONDS_AFTER_THE_FIRST if isinstance(ends.get(0), Ended) else _SECONDS_TO_END
+            allowed = _SECONDS_AFTER_ALL if _is_decided(ends) else _SECONDS_TO_END
             deadline = min(deadline, time.monotonic() + allowed)
     _show(ray().get(lines), progress)
     return ends
@@ -125,7 +125,16 @@ def _end_of(answer: Any) -> Ended | Exception:
     return ended
 
 
-def _verdict(ends: Mapping[int, Ended | Exception], count: int) -> Ended | Lost:
+def _is_decided(ends: Mapping[int, Ended | Exception]) -> bool:
+    """Whether no end of another process can change the verdict."""
+    return isinstance(ends.get(0), Ended) or bool(_died(ends))
+
+
+def _died(ends: Mapping[int, Ended | Exception]) -> list[int]:
+    return [rank for rank, end in ends.items() if isinstance(end, ray().exceptions.RayActorError)]
+
+
+def verdict(ends: Mapping[int, Ended | Exception], count: int) -> Ended | Lost:
     """What the ends of its processes say of a trainer. Raises what one of them raised that nobody foresaw.
 
     The first process speaks for all where it can. A death comes before errors, which others have of it.
@@ -133,8 +142,7 @@ def _verdict(ends: Mapping[int, Ended | Exception], count: int) -> Ended | Lost:
     first = ends.get(0)
     if isinstance(first, Ended):
         return first
-    died = [rank for rank, end in ends.items() if isinstance(end, ray().exceptions.RayActorError)]
-    if died:
+    if died := _died(ends):
         return Lost(died)
     for end in ends.values():
         if isinstance(end, Exception):

@@ -81,9 +81,8 @@ class Trainer:
 
 
 def _run(order: Order, progress: Progress) -> dict[str, Any]:
-    config, run = order.config, Path(order.config.run.directory)
-    run.mkdir(parents=True, exist_ok=True)
-    workers = RayWorkers(config, order.place, run, progress.warn)
+    config = order.config
+    workers = RayWorkers(config, order.place, Path(config.run.directory), progress.warn)
     return run_ppo(config, progress, resume=order.resume, workers=workers)
 
 
