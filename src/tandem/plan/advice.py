@@ -196,7 +196,7 @@ def _fewer_generators(demand: Demand, layout: Layout, cluster: Cluster) -> Itera
 
 
 def _other_tasks(change: Change) -> Iterator[Change]:
-    """After a change, tasks of which every generator takes as many: one, two, or more smaller ones, with work for all."""
+    """After a change, tasks of which every generator takes as many: one, two or more smaller ones; nobody is idle."""
     demand, cluster = change.demand, change.layout.cluster
     assert cluster is not None
     for rounds in (1, 2, 4):
@@ -233,16 +233,16 @@ def _splits(demand: Demand, layout: Layout, cluster: Cluster) -> Iterator[Change
 
 def _generators_of_their_own(demand: Demand, layout: Layout) -> Iterator[Change]:
     """A part of the GPUs each with a copy of the policy, in the place of gathering layers."""
-    if layout.replicas > 1:
-        return
-    samples = min(demand.sequences_per_batch, 64)
-    tasks = -(-demand.sequences // samples)
-    for generators in {min(tasks, layout.gpus // part) for part in (2, 4, 8) if layout.gpus >= part}:
-        trainers = layout.gpus - generators
-        workers = Workers(generators, 1.0, layout.device)
-        cluster = Cluster(layout.gpus, 1.0, workers, Workers(0, 0.0, layout.device), samples, ahead=False)
-        apart = replace(layout, gpus=trainers, shard=trainers, gather="auto", cluster=cluster)
-        lines = ['cluster.kind = "ray"', "cluster.trainer_gpus = 1", "cluster.generator_gpus = 1"]
-        lines += ['rollout.gather = "auto"'] * (layout.gather != "auto")
-        lines += [f"parallel.processes = {trainers}", f"cluster.generators = {generators}"]
-        yield Change([*lines, f"cluster.samples_per_task = {samples}"], demand, apart)
+    nobody, gpus = Workers(0, 0.0, layout.device), layout.gpus
+    for generators in sorted({gpus // part for part in (2, 3, 4, 8)} - {0}):
+        for ahead in (False, True):
+            workers = Workers(generators, 1.0, layout.device)
+            cluster = Cluster(gpus, 1.0, workers, nobody, samples_per_task=1, ahead=ahead)
+            trainers = gpus - generators
+            apart = replace(layout, gpus=trainers, shard=trainers, gather="auto", cluster=cluster)
+            lines = ['cluster.kind = "ray"', "cluster.trainer_gpus = 1", "cluster.generator_gpus = 1"]
+            lines += [f"parallel.processes = {trainers}", f"cluster.generators = {generators}"]
+            lines += ['rollout.gather = "auto"'] * (layout.gather != "auto")
+            lines += ["rollout.staleness = 1"] * ahead
+            if layout.replicas == 1:
+                yield from _other_tasks(Change(lines, replace(demand, recompute=demand.recompute or ahead), apart))
