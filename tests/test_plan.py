@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,19 +18,19 @@ from transformers import (
 )
 
 from tandem.cli import main
-from tandem.config import AdapterSection, PpoConfig
+from tandem.config import AdapterSection, PpoConfig, gathers_by_layer
 from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
 from tandem.models.cache import roomy_cache
 from tandem.models.trunk import Trunk
-from tandem.plan.advice import what_would_fit
+from tandem.plan.advice import what_would_be_faster, what_would_fit
 from tandem.plan.arithmetic import activation_bytes, cache_bytes
 from tandem.plan.demand import Demand, Lengths, demand_of
 from tandem.plan.devices import DEVICES, gpus_asked_for
 from tandem.plan.layout import Layout
-from tandem.plan.memory import memory_of
+from tandem.plan.memory import memory_of, samples_by_layer
 from tandem.plan.model_size import ModelSize
-from tandem.plan.planned import planned
+from tandem.plan.planned import Plan, planned
 from tandem.plan.shapes import SHAPES, size_of_shape
 from tandem.recipe import load_config
 from tandem.stages.planning import PlanSettings, plan_of
@@ -259,6 +260,8 @@ def of_shape(name: str):
         ("ppo-0.5b-24gb", "1x24GB", "qwen-0.5b", qwen3(1024, 3072, 28, 16, tied=True)),
         ("ppo-7b-80gb", "1xH100", "qwen-7b", qwen3(2560, 9728, 36, 32, tied=True)),
         ("ppo-7b-8x80gb", "8xH100", "qwen-7b", qwen3(4096, 12_288, 36, 32, tied=False)),
+        ("ppo-32b-64x80gb", "64xH100", "qwen-32b", qwen3(4096, 12_288, 36, 32, tied=False)),
+        ("ppo-70b-64x80gb", "64xH100", "llama-70b", of_shape("llama-8b")),
         ("ppo-70b-64x180gb", "64xB200", "llama-70b", of_shape("llama-8b")),
     ],
 )
@@ -267,11 +270,10 @@ def test_recipes_of_real_sizes_fit_and_can_be_built(recipe, gpus, policy, reward
         f"--policy.model={save_config(tmp_path / 'policy', of_shape(policy), classifier=False)}",
         f"--rewards.0.model={save_config(tmp_path / 'reward', reward, classifier=True)}",
     ]
-    count = gpus_asked_for(gpus)[0]
-    config = load_config(PpoConfig, RECIPES / f"{recipe}.toml", [*models, f"--parallel.processes={count}"])
-    assert config.parallel == load_config(PpoConfig, RECIPES / f"{recipe}.toml", models).parallel
+    config = load_config(PpoConfig, RECIPES / f"{recipe}.toml", models)
     plan = plan_of(config, PlanSettings(gpus, None, None, None, json=False))
     assert plan.fits
+    assert plan.layout.gpus_asked_for == gpus_asked_for(gpus)[0]
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(of_shape(policy))
         scorer = AutoModelForSequenceClassification.from_config(reward)
@@ -279,13 +281,185 @@ def test_recipes_of_real_sizes_fit_and_can_be_built(recipe, gpus, policy, reward
     assert plan.demand.rewards[0].scalar_parameters == sum(parameter.numel() for parameter in scorer.parameters())
 
 
-def test_the_largest_recipe_does_not_fit_smaller_cards():
-    """Every GPU holds the whole policy while it samples, so no number of cards that are smaller than that will do."""
-    words = ["--parallel.processes=64"]
-    config = load_config(PpoConfig, RECIPES / "ppo-70b-64x180gb.toml", words)
-    plan = plan_of(config, PlanSettings("64xH100", None, None, "llama-70b", json=False))
+def test_a_policy_that_no_gpu_holds_is_sampled_a_layer_at_a_time():
+    """Gathered whole it fits no card of 80 GB, however many there are; `auto` then does what `layer` does."""
+    recipe, settings = RECIPES / "ppo-70b-64x80gb.toml", PlanSettings("64xH100", None, None, "llama-70b", json=False)
+
+    def plan(gather: str) -> Plan:
+        return plan_of(load_config(PpoConfig, recipe, [f"--rollout.gather={gather}"]), settings)
+
+    whole, layer, auto = plan("model"), plan("layer"), plan("auto")
+    assert not whole.fits
+    assert whole.memory.peak_phase == "rollout"
+    assert auto.phases == layer.phases
+    assert auto.memory == layer.memory
+    assert what_would_fit(whole.demand, whole.layout) == ['rollout.gather = "layer"']
+
+
+@pytest.mark.parametrize(
+    ("gather", "whole", "free", "by_layer"),
+    [("model", 9, 1, False), ("layer", 1, 9, True), ("auto", 4, 8, False), ("auto", 5, 8, True)],
+)
+def test_how_a_policy_is_gathered_is_one_rule_for_generator_and_plan(gather, whole, free, by_layer):
+    assert gathers_by_layer(gather, whole, free) == by_layer
+
+
+def test_gathered_by_layer_a_token_costs_all_weights_however_many_rows_decode():
+    size = size_of_shape("7b")
+    layout = replace(layout_for("H100", 8), gather="layer")
+    few, many = (
+        planned(demand_for(f"--rollout.prompts_per_step={rows}", size=size), layout).phases["rollout"]
+        for rows in (64, 256)
+    )
+    sent = size.parameters * 2 * 7 / 8 / (450e9 * 0.75)
+    assert few.network + few.products + few.memory + few.calls > 128 * sent
+    assert many.total < 1.1 * few.total
+    whole = planned(demand_for("--rollout.prompts_per_step=64", size=size), replace(layout, gather="model"))
+    assert whole.phases["rollout"].total < few.total / 2
+    assert "policy gathered whole" not in planned(demand_for(size=size), layout).memory.by_phase["rollout"]
+
+
+def test_auto_goes_by_what_is_free_once_all_that_trains_is_held():
+    """7B on eight: gathered whole while half of what is free holds it; a larger model beside it tips the scale."""
+    layout = layout_for("H100", 8)
+    demand = demand_for(size=size_of_shape("7b"))
+    assert not samples_by_layer(demand, layout)
+    assert not samples_by_layer(demand, layout_for("H100"))
+    full = replace(demand, rewards=[size_of_shape("72b")] * 2)
+    assert samples_by_layer(full, layout)
+    assert not samples_by_layer(full, replace(layout, gather="model"))
+
+
+def on_cluster(*words: str, there: int = 8, shape: str = "7b", card: str = "H100") -> Plan:
+    """A plan for trainers, generators and reward workers of a GPU each, unless the words say otherwise."""
+    of_gpus = ["--cluster.kind=ray", "--cluster.trainer_gpus=1", "--cluster.generator_gpus=1"]
+    of_gpus += ["--policy.sequences_per_minibatch=64", "--value.sequences_per_minibatch=64"]
+    of_gpus += ["--rollout.prompts_per_step=128"]
+    config = load_config(PpoConfig, None, [*BASE, "--value.start=policy", *of_gpus, *words])
+    return plan_of(config, PlanSettings(f"{there}x{card}", None, None, shape, json=False))
+
+
+IN_FOUR = [
+    "--parallel.processes=4",
+    "--parallel.activation_checkpointing=true",
+    "--cluster.generators=3",
+    "--cluster.reward_workers=1",
+    "--cluster.reward_gpus=1",
+]
+
+
+def test_over_a_cluster_each_kind_of_process_holds_what_is_its_own():
+    plan, size = on_cluster(*IN_FOUR), size_of_shape("7b")
+    assert plan.fits
+    assert plan.layout.gpus_asked_for == 8
+    assert set(plan.memory.by_phase) == {"evaluate", "update"}
+    assert plan.memory.staying["policy"] == size.parameters * 2 / 4
+    generators, scorers = plan.roles
+    assert generators.memory.staying["generator's weights"] == size.parameters * 2
+    assert scorers.memory.staying["reward models"] == size.scalar_parameters * 2
+    by_vllm, _ = on_cluster(*IN_FOUR, "--rollout.generator=vllm").roles
+    assert by_vllm.memory.peak_phase == "start"
+    assert by_vllm.memory.peak > 2 * size.parameters * 2
+
+
+def test_sampling_ahead_the_longer_of_sampling_and_learning_is_a_step():
+    in_turn, ahead = on_cluster(*IN_FOUR), on_cluster(*IN_FOUR, "--rollout.staleness=1")
+    assert in_turn.seconds == pytest.approx(sum(cost.total for cost in in_turn.phases.values()))
+    sent, generators = ahead.phases["send weights"].total, ahead.busy("generators")
+    learning = ahead.busy("trainers") - sent + ahead.busy("reward workers")
+    assert ahead.seconds == pytest.approx(sent + max(generators, learning))
+    assert ahead.slowest == ("generators" if generators > ahead.busy("trainers") else "trainers")
+
+
+def test_more_of_a_kind_make_its_phases_shorter_and_no_others():
+    before, after = on_cluster("--cluster.generators=2"), on_cluster("--cluster.generators=4")
+    assert after.phases["rollout"].total == pytest.approx(before.phases["rollout"].total / 2)
+    assert after.phases["update"] == before.phases["update"]
+    trainers = on_cluster("--cluster.generators=2", "--parallel.processes=4")
+    assert trainers.phases["update"].total < before.phases["update"].total / 2
+    assert trainers.phases["rollout"] == before.phases["rollout"]
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["--cluster.generators=3"], 4),
+        (["--cluster.generators=3", "--cluster.generator_gpus=0.5"], 3),
+        (["--cluster.generators=3", "--cluster.generator_gpus=0.4", "--cluster.trainer_gpus=0.5"], 2),
+        (["--cluster.generators=2", "--cluster.generator_gpus=2"], 5),
+    ],
+)
+def test_gpus_that_the_resource_lines_ask_for_are_counted_as_ray_places_them(words, asked):
+    assert on_cluster(*words, shape="0.5b").layout.gpus_asked_for == asked
+
+
+def test_a_share_of_a_gpu_is_a_share_of_its_memory_and_speed():
+    whole, half = (on_cluster(f"--cluster.generator_gpus={gpus}", shape="0.5b") for gpus in (1, 0.5))
+    assert half.roles[0].bytes_there == whole.roles[0].bytes_there / 2
+    assert half.phases["rollout"].products == 2 * whole.phases["rollout"].products
+
+
+def followed(lines: Sequence[str]) -> list[str]:
+    return [f"--{key}={value}" for key, _, value in (line.partition(" = ") for line in lines)]
+
+
+@pytest.mark.parametrize("there", [8, 6])
+def test_advice_on_a_cluster_that_is_followed_makes_it_fit(there):
+    words = ["--cluster.generators=7", "--parallel.processes=1", "--rollout.staleness=1"]
+    plan = on_cluster(*words, there=there)
     assert not plan.fits
-    assert plan.memory.peak_phase == "rollout"
+    lines = what_would_fit(plan.demand, plan.layout)
+    assert any(line.startswith("parallel.processes = ") for line in lines)
+    assert on_cluster(*words, *followed(lines), there=there).fits
+
+
+def test_advice_on_a_generator_that_holds_no_copy_is_to_do_without():
+    plan = on_cluster("--cluster.generators=16", "--parallel.processes=48", *SEVENTY, there=64, shape="70b")
+    lines = what_would_fit(plan.demand, plan.layout)
+    assert lines == ["no [cluster] (--cluster none)", "parallel.processes = 64"]
+
+
+SEVENTY = [
+    "--policy.sequences_per_minibatch=256",
+    "--value.sequences_per_minibatch=256",
+    "--rollout.prompts_per_step=512",
+    "--parallel.activation_checkpointing=true",
+]
+
+
+def test_advice_on_what_would_be_faster_is_as_fast_as_it_says():
+    words = ["--parallel.processes=6", "--cluster.generators=2", "--rollout.prompts_per_step=256"]
+    plan = on_cluster(*words)
+    faster = what_would_be_faster(plan)
+    assert faster is not None
+    after = on_cluster(*words, *followed(faster.lines))
+    assert after.fits
+    assert after.tokens_per_day == pytest.approx(faster.times * plan.tokens_per_day)
+    assert faster.times > 1.5
+
+
+def test_vllm_decodes_as_many_rows_together_as_its_cache_holds():
+    words = ["--rollout.generator=vllm", "--cluster.samples_per_task=64", "--cluster.generators=2"]
+    small, large = (on_cluster(*words, f"--rollout.vllm.kv_cache_gib={gib}") for gib in (0.5, 4.0))
+    assert small.phases["rollout"].total > 2 * large.phases["rollout"].total
+    faster = what_would_be_faster(small)
+    assert faster is not None
+    assert any(line.startswith("rollout.vllm.kv_cache_gib = ") for line in faster.lines)
+
+
+def test_generators_of_their_own_are_advised_where_the_policy_is_gathered_by_layer_and_a_copy_fits():
+    """32B on 64 cards: beside what trains there is no room for a copy, and on a card by itself there is."""
+    settings = PlanSettings("64xH100", None, None, "32b", json=False)
+    words = [*BASE, "--value.start=policy", *SEVENTY, "--rollout.max_new_tokens=512", "--rollout.gather=layer"]
+    plan = plan_of(load_config(PpoConfig, None, [*words, "--parallel.processes=64"]), settings)
+    assert plan.fits
+    assert plan.by_layer is not None
+    faster = what_would_be_faster(plan)
+    assert faster is not None
+    after = plan_of(load_config(PpoConfig, None, [*words, *followed(faster.lines)]), settings)
+    assert after.layout.cluster is not None
+    assert after.fits
+    assert after.tokens_per_day == pytest.approx(faster.times * plan.tokens_per_day)
 
 
 def test_the_command_says_it_within_80_columns(capsys, monkeypatch):
@@ -319,6 +493,8 @@ def test_the_command_answers_scripts(capsys):
         (["--gpus", "1xH100", "--rollout.nonsense=1"], "rollout.nonsense"),
         (["--gpus", "512xH100"], "parallel.processes"),
         ([], "--gpus"),
+        (["--gpus", "8xH100", "--cluster", "ray"], "cluster.trainer_gpus = 0"),
+        (["--gpus", "cpu", "--cluster", "ray"], "--cluster none"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_plan(words, said, capsys):
@@ -332,3 +508,47 @@ def test_models_that_cannot_be_looked_at_can_be_planned_by_shape(tmp_path, capsy
     recipe.write_text('[policy]\nmodel = "none/here"\n[data]\nprompts = "p.jsonl"\n[[rewards]]\nmodel = "none/there"\n')
     assert main(["plan", str(recipe), "--gpus", "8xH100", "--policy.model", str(tmp_path / "none")]) == 2
     assert "--model-shape 7b" in capsys.readouterr().err
+
+
+CLUSTER = ["plan", str(RECIPES / "ppo-32b-64x80gb.toml"), "--model-shape", "32b", "--gpus"]
+
+
+def test_the_command_says_who_does_what_over_a_cluster(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*CLUSTER, "64xH100"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "generators: 24 x 1 GPU" in said
+    assert "are the bottleneck" in said
+    assert main([*CLUSTER, "70xH100"]) == 0
+    assert "6 are idle" in capsys.readouterr().out
+    assert main([*CLUSTER, "48xH100"]) == 1
+    said = capsys.readouterr().out
+    assert "asks for 64 GPUs, and there are 48" in said
+    assert "cluster.generators = " in said
+
+
+def test_the_command_tells_scripts_who_does_what_over_a_cluster(capsys):
+    assert main([*CLUSTER, "64xH100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpus"], found["cluster"]["ahead"], found["gathered_for_each_token"]) == (64, True, None)
+    assert found["cluster"]["roles"]["generators"]["processes"] == 24
+    assert found["time"]["phases"]["rollout"]["who"] == "generators"
+
+
+def test_the_command_says_what_sampling_by_layer_costs_and_which_cards_could_do_without(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    words = ["plan", str(RECIPES / "ppo-70b-64x80gb.toml"), "--gpus", "64xH100", "--model-shape", "70b"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "131.4 GiB are sent to every GPU for each token, which takes 0.42 s" in said
+    assert "Generators of their own ([cluster]) each hold a copy of the policy, 131.4 GiB, on one GPU: of" in said
+    assert "B200 and H200 could" in said
+
+
+def test_this_machine_is_planned_for_by_what_it_reaches(capsys):
+    recipe = str(RECIPES / "ppo-0.5b-24gb.toml")
+    assert main(["plan", recipe, "--gpus", "cpu", "--model-shape", "llama-15m", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "cpu"
+    assert all(phase["seconds"] > 0 for phase in found["time"]["phases"].values())

@@ -1,6 +1,7 @@
-"""The planner against real joint steps on this machine: `python -m plan_check STORY_MODEL`.
+"""The planner against real joint steps on this machine: `python -m plan_check STORY_MODEL [--go-on]`.
 
-Each case is a process of its own. Writes docs/results/plan.md and plan.json.
+With --go-on what was measured before on this machine stands, so that a check that was cut short goes on. Each case is
+a process of its own, or two. Writes docs/results/plan.md and plan.json.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from plan_check.together import in_several
 from tandem.bench.command import machine
 from tandem.bench.joint_step import recipe
 from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.rows import answer_of
 from tandem.bench.workloads import Workload
-from tandem.config import AdapterSection
+from tandem.config import AdapterSection, Gather
 from tandem.plan.demand import Lengths, demand_of
 from tandem.plan.devices import Device, this_machine
 from tandem.plan.layout import Layout
@@ -43,52 +45,83 @@ WIDE: dict[str, Any] = {
 PHASES = ("rollout", "score", "evaluate", "update")
 
 
-def cases(story_model: str, folder: Path) -> Iterator[Workload]:
-    """Three models, every way of sharing, other lengths, epochs and micro-batches.
+@dataclass(frozen=True)
+class Case:
+    """A joint step in one process, or in several that gather of the policy to sample what `gather` says."""
 
-    The planner's shares and passes were set by the first seven; the last one was only looked at afterwards.
+    workload: Workload
+    processes: int = 1
+    gather: Gather = "model"
+
+    @property
+    def name(self) -> str:
+        return self.workload.name
+
+
+def cases(story_model: str, folder: Path) -> Iterator[Case]:
+    """Three models, every way of sharing, other lengths, epochs and micro-batches; two processes, both ways of
+    sampling.
+
+    The planner's shares and passes were set by the first seven; the others were only looked at afterwards.
     """
     larger = str(make_shape(folder / "llama-15m", SHAPES["llama-15m"]))
     base = Workload("15M", larger, 64, 32, 64, "float32", threads=1)
-    yield base
-    yield replace(base, name="15M, epochs 2", sequences=32, prompt_tokens=64, response_tokens=128, epochs=2)
-    yield replace(base, name="15M, one trunk", sharing="adapters")
-    yield replace(base, name="15M, one trunk, adapters on 2 layers", sharing="adapters", upper_layers=2)
-    yield replace(base, name="15M, value head", sharing="head", tokens_per_microbatch=4096)
+    yield Case(base)
+    yield Case(replace(base, name="15M, epochs 2", sequences=32, prompt_tokens=64, response_tokens=128, epochs=2))
+    yield Case(replace(base, name="15M, one trunk", sharing="adapters"))
+    yield Case(replace(base, name="15M, one trunk, adapters on 2 layers", sharing="adapters", upper_layers=2))
+    yield Case(replace(base, name="15M, value head", sharing="head", tokens_per_microbatch=4096))
     small = replace(base, name="260K", model=story_model, sequences=128, response_tokens=128)
-    yield replace(small, tokens_per_microbatch=8192)
-    yield replace(small, name="260K, one trunk", sharing="adapters")
+    yield Case(replace(small, tokens_per_microbatch=8192))
+    yield Case(replace(small, name="260K, one trunk", sharing="adapters"))
     wide = str(make_shape(folder / "wide", WIDE))
-    yield replace(base, name="21M, wider and shallower", model=wide, sequences=32, prompt_tokens=48, response_tokens=48)
+    other = replace(base, model=wide, sequences=32, prompt_tokens=48, response_tokens=48)
+    yield Case(replace(other, name="21M, wider and shallower"))
+    yield Case(replace(base, name="15M, two processes, gathered whole"), 2, "model")
+    yield Case(replace(base, name="15M, two processes, by layer"), 2, "layer")
 
 
-def plan_for(workload: Workload, size: ModelSize, device: Device) -> Plan:
+def device_for(case: Case, size: ModelSize) -> Device:
+    """This machine as one of the case's processes has it."""
+    if case.processes == 1:
+        return this_machine(size, "float32", time.process_time)
+    found = in_several(["-m", "plan_check.together", case.workload.model], case.processes)
+    return Device(**found[0])
+
+
+def plan_for(case: Case, size: ModelSize, device: Device) -> Plan:
+    workload = case.workload
     lengths = Lengths(
         workload.prompt_tokens, workload.response_tokens, workload.prompt_tokens, workload.response_tokens
     )
     reward = None if workload.sharing == "adapters" else size
     demand = demand_of(recipe(workload, "reward", Path("prompts.jsonl")), size, [reward], lengths, 4)
-    layout = Layout(1, device, 1, False, "torch", "never", None)
+    layout = Layout(case.processes, device, case.processes, False, "torch", "never", None, gather=case.gather)
     return planned(replace(demand, keeps_state=False), layout)
 
 
-def measured(workload: Workload, folder: Path) -> dict[str, Any]:
-    """Peak memory, and the median seconds of each phase."""
+def measured(case: Case, folder: Path) -> dict[str, Any]:
+    """Peak memory, of several processes that of the fullest, and the median seconds of each phase."""
+    workload = case.workload
     adapters = AdapterSection(upper_layers=workload.upper_layers) if workload.sharing == "adapters" else None
     reward = folder / f"reward-{Path(workload.model).name}-{workload.sharing}-{workload.upper_layers}"
     if not reward.exists():
         make_reward_model(workload.model, reward, adapters)
-    command = [sys.executable, "-m", "plan_check.step", workload.to_json(), str(reward), str(STEPS)]
-    found = answer_of(command)
-    seconds = {name: statistics.median(step[f"time/{name}"] for step in found["steps"]) for name in PHASES}
-    return {"memory_gib": found["peak_memory_gib"], "seconds": seconds}
+    words = ["-m", "plan_check.step", workload.to_json(), str(reward), str(STEPS)]
+    if case.processes == 1:
+        found = [answer_of([sys.executable, *words])]
+    else:
+        found = in_several([*words, case.gather], case.processes)
+    seconds = {name: statistics.median(step[f"time/{name}"] for step in found[0]["steps"]) for name in PHASES}
+    return {"memory_gib": max(one["peak_memory_gib"] for one in found), "seconds": seconds}
 
 
-def compared(workload: Workload, plan: Plan, found: dict[str, Any]) -> dict[str, Any]:
+def compared(case: Case, plan: Plan, found: dict[str, Any]) -> dict[str, Any]:
     """What was planned and what was measured, for one case."""
     return {
-        "name": workload.name,
-        "workload": {**json.loads(workload.to_json()), "model": Path(workload.model).name},
+        "name": case.name,
+        "workload": {**json.loads(case.workload.to_json()), "model": Path(case.workload.model).name},
+        "processes": case.processes,
         "measured": found,
         "planned": {
             "memory_gib": plan.memory.peak / 2**30,
@@ -99,7 +132,7 @@ def compared(workload: Workload, plan: Plan, found: dict[str, Any]) -> dict[str,
 
 
 def earlier(here: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was measured on this machine before, by case, so that a check that was cut short goes on."""
+    """What was measured on this machine before, by case."""
     path = RESULTS / "plan.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {case["name"]: case["measured"] for case in record.get("cases", []) if record["machine"] == here}
@@ -125,8 +158,8 @@ Made by `make plan-check` (the same numbers as JSON: [plan.json](plan.json)). Wh
 [scale.md](../scale.md).
 
 Machine: {here["processor"]}, one thread. torch {here["torch"]}, transformers {here["transformers"]}. Each case is a
-process of its own; the median of {STEPS} steps after the first. Times are the processor's, not the wall's, so that
-other jobs beside do not count. On a GPU nothing has been measured yet.
+process of its own, or two; the median of {STEPS} steps after the first. Times of one process are the processor's, not
+the wall's, so that other jobs beside do not count; those of two are the wall's. On a GPU nothing has been measured yet.
 
 {chr(10).join(lines)}
 
@@ -144,15 +177,15 @@ def versus(planned_value: float, found: float) -> list[str]:
 def main() -> None:
     here = machine(torch.device("cpu"), 1)
     torch.set_num_threads(1)
-    known, devices, found = earlier(here), {}, []
+    known, devices, found = earlier(here) if "--go-on" in sys.argv else {}, {}, []
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as made:
-        for workload in cases(sys.argv[1], Path(made)):
-            size = ModelSize.of(workload.model)
-            if size.hidden not in devices:
-                devices[size.hidden] = this_machine(size, "float32", time.process_time)
-            measurement = known.get(workload.name) or measured(workload, Path(made))
-            found.append(compared(workload, plan_for(workload, size, devices[size.hidden]), measurement))
-            print(json.dumps(found[-1]["measured"]), workload.name, flush=True)
+        for case in cases(sys.argv[1], Path(made)):
+            size = ModelSize.of(case.workload.model)
+            if (size.hidden, case.processes) not in devices:
+                devices[size.hidden, case.processes] = device_for(case, size)
+            measurement = known.get(case.name) or measured(case, Path(made))
+            found.append(compared(case, plan_for(case, size, devices[size.hidden, case.processes]), measurement))
+            print(json.dumps(found[-1]["measured"]), case.name, flush=True)
             record = {"machine": here, "cases": found}
             (RESULTS / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (RESULTS / "plan.md").write_text(page(record), encoding="utf-8")

@@ -1,7 +1,8 @@
-"""Joint steps in this process: `python -m plan_check.step WORKLOAD REWARD_MODEL STEPS`, JSON out.
+"""Joint steps in this process: `python -m plan_check.step WORKLOAD REWARD_MODEL STEPS [GATHER]`, JSON out.
 
-Times are the processor's in this process and not the wall's: in one thread they are the same on an idle machine, and
-they stay what they are where other jobs run beside it.
+Alone, times are the processor's in this process and not the wall's: in one thread they are the same on an idle machine,
+and they stay what they are where other jobs run beside it. One of several processes waits for the others, so its times
+are the wall's; GATHER is then what they gather of the policy to sample.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import time
 from tandem.allocator import keep_memory
 from tandem.bench.joint_step import measure
 from tandem.bench.workloads import Workload
+from tandem.world import end, join, worker
 
 if __name__ == "__main__":
     keep_memory()
-    print(json.dumps(measure(Workload.from_json(sys.argv[1]), sys.argv[2], int(sys.argv[3]), time.process_time)))
+    workload, reward_model, steps = Workload.from_json(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    if worker():
+        join("cpu", replicate=1, checkpointing=False)
+        print(json.dumps(measure(workload, reward_model, steps, gather=sys.argv[4])))
+    else:
+        print(json.dumps(measure(workload, reward_model, steps, time.process_time)))
+    end(0)

@@ -477,7 +477,8 @@ def _add_plan(commands: Any) -> None:
         "plan",
         help="What a joint recipe needs and how long it takes on given GPUs, before anyone pays",
         description="Memory of one GPU by component, the time of a step by phase, tokens a day, and which line of the "
-        "recipe to change where it does not fit. No weights are read. Settings of the recipe can be given here too "
+        "recipe to change where it does not fit or would be faster. A recipe with a cluster is compared with the GPUs "
+        "that there are. No weights are read. Settings of the recipe can be given here too "
         "(--rollout.prompts_per_step 64). Exit status: 0 it fits, 1 it does not.",
         allow_abbrev=False,
     )

@@ -386,6 +386,15 @@ class VllmSection(Section):
     sleep: bool = Field(True, description="give a GPU's memory back while the models train (staleness 0 only)")
 
 
+Gather = Literal["auto", "model", "layer"]
+
+
+def gathers_by_layer(gather: Gather, whole: float, free: float) -> bool:
+    """Whether processes that share a policy of `whole` bytes gather a layer of it at a time to sample, by
+    `rollout.gather`; `free` is the memory that is free in one of them."""
+    return gather == "layer" or (gather == "auto" and whole > free / 2)
+
+
 class RolloutSection(SamplingSection):
     """How the responses of a step are sampled."""
 
@@ -401,7 +410,7 @@ class RolloutSection(SamplingSection):
         "responses are sampled while this step trains, by a generator with weights of its own",
     )
     vllm: VllmSection | None = Field(None, description="settings of vLLM, where generator is vllm")
-    gather: Literal["auto", "model", "layer"] = Field(
+    gather: Gather = Field(
         "auto",
         description="what each of several processes gathers of the policy to sample. model: all of it, for a batch; "
         "each then decodes at its own pace. layer: one layer at a time, at every token. auto: model, unless that would "

@@ -31,14 +31,20 @@ def load_config(kind: type[StageConfig], recipe: Path | None, overrides: Sequenc
 
     Raises InputError for a file that cannot be read, an unknown key, a wrong type or an impossible combination.
     """
-    tree: dict[str, Any] = {} if recipe is None else read_toml(recipe)
-    for path, value in parse_overrides(overrides):
-        _set(tree, path, value)
+    tree = read_tree(recipe, overrides)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         origin = f"{recipe}" if recipe else "the command line"
         raise InputError(_explain(error, kind, origin)) from None
+
+
+def read_tree(recipe: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a recipe says with its overrides, unchecked. Raises InputError for what cannot be read."""
+    tree: dict[str, Any] = {} if recipe is None else read_toml(recipe)
+    for path, value in parse_overrides(overrides):
+        _set(tree, path, value)
+    return tree
 
 
 def resumed_run(stage: str, words: Sequence[str]) -> tuple[Path | None, list[str]]:

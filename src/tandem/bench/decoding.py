@@ -16,6 +16,7 @@ from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.loading import load_causal, load_tokenizer, pick_dtype
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
+from tandem.rollout.torch_generator import NextToken
 from tandem.run.machine import machine_record
 from tandem.text import decoder
 from tandem.types import Prompt
@@ -41,9 +42,7 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, among: int = 2000) -> list[int]
     return kept or list(texts)
 
 
-def fixed_length_generator(
-    policy: CausalPolicy, tokenizer: PreTrainedTokenizerBase, workload: Workload
-) -> TorchGenerator:
+def fixed_length_generator(policy: NextToken, tokenizer: PreTrainedTokenizerBase, workload: Workload) -> TorchGenerator:
     """One that nothing stops before the workload's length."""
     return TorchGenerator(
         policy,

@@ -22,7 +22,8 @@ from tandem.allocator import keep_memory
 from tandem.bench.counting import counting
 from tandem.bench.decoding import fixed_length_generator, random_prompts
 from tandem.bench.workloads import Workload
-from tandem.config import PpoConfig
+from tandem.config import Gather, PpoConfig
+from tandem.rollout import InStep
 from tandem.run import Progress
 from tandem.run.clock import Clock
 from tandem.run.machine import machine_record
@@ -30,6 +31,7 @@ from tandem.stages.joint_setup import JointStage, build
 from tandem.stages.state import JointState, start_state
 from tandem.stages.step import judge, learn
 from tandem.types import Prompt
+from tandem.world import world
 
 
 def recipe(workload: Workload, reward_model: str, prompts: Path) -> PpoConfig:
@@ -56,14 +58,19 @@ def recipe(workload: Workload, reward_model: str, prompts: Path) -> PpoConfig:
     return PpoConfig.model_validate(tree | ({"adapters": adapters} if adapters else {}))
 
 
-def stage_of(workload: Workload, reward_model: str) -> tuple[JointStage, PpoConfig]:
-    """A joint stage whose prompts and responses have exactly the workload's lengths."""
+def stage_of(workload: Workload, reward_model: str, gather: Gather = "model") -> tuple[JointStage, PpoConfig]:
+    """A joint stage whose prompts and responses have exactly the workload's lengths.
+
+    `gather` is for processes that train together: what they gather of the policy to sample.
+    """
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
         prompts.write_text('{"prompt": "w5 w6 w7"}\n', encoding="utf-8")
         config = recipe(workload, reward_model, prompts)
         stage = build(config, Progress(Console(quiet=True)))
-    return replace(stage, generator=fixed_length_generator(stage.models.policy, stage.tokenizer, workload)), config
+    policy = stage.models.policy
+    sampler = policy if world().alone else InStep(policy, lambda: gather == "layer")
+    return replace(stage, generator=fixed_length_generator(sampler, stage.tokenizer, workload)), config
 
 
 def step(
@@ -95,13 +102,17 @@ def step(
 
 
 def measure(
-    workload: Workload, reward_model: str, steps: int, timer: Callable[[], float] = time.monotonic
+    workload: Workload,
+    reward_model: str,
+    steps: int,
+    timer: Callable[[], float] = time.monotonic,
+    gather: Gather = "model",
 ) -> dict[str, Any]:
     """Seconds by phase of each step after the first, and what the process took."""
     if workload.threads:
         torch.set_num_threads(workload.threads)
     torch.manual_seed(workload.seed)
-    stage, config = stage_of(workload, reward_model)
+    stage, config = stage_of(workload, reward_model, gather)
     state, rows = start_state(config), []
     trunks = [model.trunk for model in (stage.models.policy, stage.models.reference, stage.models.value)]
     with counting(trunks) as counts:

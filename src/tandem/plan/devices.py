@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from tandem.algo import sample
 from tandem.errors import InputError
 from tandem.plan.model_size import ModelSize
 
@@ -29,8 +31,12 @@ class Device:
 
     The shares of those that are reached, and what a call costs:
     `product_share`, `bandwidth_share`, `link_share`; `layer_seconds` of calling one layer whose work is nothing, from
-    Python, and `graph_layer_seconds` where the calls were recorded (vLLM's CUDA graphs); `hop_seconds` of the least
-    collective among the GPUs of a machine.
+    Python, and `graph_layer_seconds` where the calls were recorded (vLLM's CUDA graphs); `pass_seconds` of what a pass
+    calls beside its layers, sampling from its logits among it; `hop_seconds` of the least collective among the GPUs of
+    a machine.
+
+    Of the machine around it, bytes/s: `host_bandwidth` of one copy in main memory or between it and a GPU, `ethernet`
+    of what goes between machines from one main memory to another.
     """
 
     name: str
@@ -44,9 +50,18 @@ class Device:
     bandwidth_share: float = 0.8
     link_share: float = 0.75
     layer_seconds: float = 450e-6
+    pass_seconds: float = 1e-3
     graph_layer_seconds: float = 20e-6
     hop_seconds: float = 25e-6
+    host_bandwidth: float = 10e9
+    ethernet: float = 10e9
     is_gpu: bool = True
+
+    def part(self, share: float) -> Device:
+        """What a process has that shares this with others which work at the same time."""
+        return replace(
+            self, memory_gib=self.memory_gib * share, flops=self.flops * share, bandwidth=self.bandwidth * share
+        )
 
 
 def _card(name: str, gib: float, tera_flops: float, gigabytes: float, link: float, network: float) -> Device:
@@ -125,9 +140,13 @@ class Ceilings:
 
 
 Timer = Callable[[], float]
+# Of repeated timings: which one is taken.
+Choice = Callable[[Sequence[float]], float]
 
 
-def measure_ceilings(size: ModelSize, precision: str, device: str, timer: Timer = time.perf_counter) -> Ceilings:
+def measure_ceilings(
+    size: ModelSize, precision: str, device: str, timer: Timer = time.perf_counter, choice: Choice = min
+) -> Ceilings:
     """The fastest of products of the model's own width with 2,048 rows, and of summing 256 MiB."""
     dtype = getattr(torch, precision)
     inner = size.hidden
@@ -135,13 +154,13 @@ def measure_ceilings(size: ModelSize, precision: str, device: str, timer: Timer 
     for outer in (inner, 4 * inner):
         left = torch.randn(2048, inner, dtype=dtype, device=device)
         right = torch.randn(outer, inner, dtype=dtype, device=device)
-        seconds = _fastest(lambda: torch.nn.functional.linear(left, right), device, timer)  # noqa: B023
+        seconds = _timed(lambda: torch.nn.functional.linear(left, right), device, timer, choice)  # noqa: B023
         best = max(best, 2 * 2048 * inner * outer / seconds)
     block = torch.randn(2**26, device=device)
-    return Ceilings(best, block.numel() * 4 / _fastest(block.sum, device, timer))
+    return Ceilings(best, block.numel() * 4 / _timed(block.sum, device, timer, choice))
 
 
-def _fastest(work: Callable[[], object], device: str, timer: Timer, tries: int = 7) -> float:
+def _timed(work: Callable[[], object], device: str, timer: Timer, choice: Choice, tries: int = 7) -> float:
     seconds = []
     for _ in range(tries):
         start = timer()
@@ -149,12 +168,14 @@ def _fastest(work: Callable[[], object], device: str, timer: Timer, tries: int =
         if device != "cpu":
             torch.cuda.synchronize()
         seconds.append(timer() - start)
-    return min(seconds[2:])
+    return choice(seconds[2:])
 
 
 def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_counter) -> Device:
-    """This machine's processor: its memory, its ceilings at the model's width, what calling a layer costs."""
-    ceilings = measure_ceilings(size, precision, CPU, timer)
+    """This machine's processor: its memory, what it usually reaches at the model's width, and what calls cost."""
+    ceilings = measure_ceilings(size, precision, CPU, timer, statistics.median)
+    few, many = (_pass_seconds(layers, timer) for layers in _NARROW_LAYERS)
+    a_layer = (many - few) / (_NARROW_LAYERS[1] - _NARROW_LAYERS[0])
     return Device(
         name=CPU,
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
@@ -165,19 +186,36 @@ def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_count
         runtime_gib=_runtime_gib(),
         product_share=1.0,
         bandwidth_share=1.0,
-        layer_seconds=_layer_seconds(timer),
+        layer_seconds=a_layer,
+        pass_seconds=few - _NARROW_LAYERS[0] * a_layer,
         is_gpu=False,
     )
 
 
-def _layer_seconds(timer: Timer) -> float:
-    """What calling a layer costs where its work is next to nothing: one token through sixteen narrow layers."""
+# Layers of the two models whose work is next to nothing, so that calling them is what takes time.
+_NARROW_LAYERS = (2, 16)
+
+
+def _pass_seconds(layers: int, timer: Timer) -> float:
+    """One token through so many narrow layers, with the keys and values of a few before it, and one sampled after."""
     config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=16, num_attention_heads=1, pad_token_id=None
+        vocab_size=256,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        pad_token_id=None,
     )
-    model, ids = LlamaModel(config).eval(), torch.zeros(1, 1, dtype=torch.int64)
+    model, ids, uniform = LlamaForCausalLM(config).eval(), torch.zeros(1, 1, dtype=torch.int64), torch.rand(1)
+    cache = DynamicCache(config=config)
     with torch.no_grad():
-        return _fastest(lambda: model(input_ids=ids, use_cache=False), CPU, timer, tries=20) / config.num_hidden_layers
+        return _timed(
+            lambda: sample(model(input_ids=ids, past_key_values=cache).logits[:, -1], uniform),
+            CPU,
+            timer,
+            statistics.median,
+            tries=30,
+        )
 
 
 def _runtime_gib() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tandem.config import gathers_by_layer
 from tandem.plan.arithmetic import activation_bytes, cache_bytes, working_bytes
 from tandem.plan.demand import Demand
 from tandem.plan.layout import Layout
@@ -39,31 +40,29 @@ class Memory:
 
 
 def memory_of(demand: Demand, layout: Layout) -> Memory:
-    """What one GPU holds, the fullest of them."""
-    phases = {
-        "rollout": _rollout(demand, layout),
-        "evaluate": _evaluate(demand, layout),
-        "update": _update(demand, layout),
+    """What one GPU that trains holds, the fullest of them."""
+    layers = {"gathered layers": _gathered(demand)} if layout.shard > 1 else {}
+    by_phase = {
+        "evaluate": with_reserve(_evaluate(demand, layout)) | layers,
+        "update": with_reserve(_update(demand, layout)) | layers,
     }
-    by_phase = {name: _with_reserve(part) for name, part in phases.items()}
-    by_phase["rollout"] |= _whole_while_sampling(demand, layout)
+    if layout.cluster is None:
+        weights = layers if samples_by_layer(demand, layout) else _whole_while_sampling(demand, layout)
+        by_phase["rollout"] = with_reserve(sampling_bytes(demand, layout)) | weights
     state = _state_copies(demand, layout)
-    staying = {**_staying(demand, layout), "libraries": layout.device.runtime_gib * 2**30}
+    staying = {**_weights_and_state(demand, layout), "libraries": layout.device.runtime_gib * 2**30}
     if not layout.device.is_gpu:
         staying |= state
-    return Memory(
-        {name: held for name, held in staying.items() if held},
-        by_phase,
-        state,
-    )
+    return Memory({name: held for name, held in staying.items() if held}, by_phase, state)
 
 
-def _with_reserve(part: Mapping[str, float]) -> dict[str, float]:
+def with_reserve(part: Mapping[str, float]) -> dict[str, float]:
+    """What comes and goes, with what the allocator holds beside it."""
     kept = {name: held for name, held in part.items() if held}
     return {**kept, "allocator reserve": RESERVE_SHARE * sum(kept.values())}
 
 
-def _staying(demand: Demand, layout: Layout) -> dict[str, float]:
+def _weights_and_state(demand: Demand, layout: Layout) -> dict[str, float]:
     """Weights and optimisers. Whole models are cut over the GPUs of a group; adapters are whole on each."""
     width, shard = demand.width, layout.shard
     trained = (demand.policy_trained + demand.value_trained) / optimiser_shard(demand, layout)
@@ -81,7 +80,6 @@ def _staying(demand: Demand, layout: Layout) -> dict[str, float]:
     held["reward models"] = sum(size.scalar_parameters for size in demand.rewards) * width / shard
     held["float32 master weights"] = 4.0 * trained if width < 4 else 0.0
     held["Adam moments"] = 8.0 * trained
-    held["gathered layers"] = _gathered(demand) if shard > 1 else 0.0
     if layout.generator_copy == "always":
         held["generator's weights"] = float(demand.policy.parameters * width)
     return held
@@ -98,7 +96,8 @@ def _gathered(demand: Demand) -> float:
     return demand.width * (2.0 * largest.trunk / largest.layers + largest.head * (1 if largest.tied else 2))
 
 
-def _rollout(demand: Demand, layout: Layout) -> dict[str, float]:
+def sampling_bytes(demand: Demand, layout: Layout) -> dict[str, float]:
+    """What sampling takes beside weights: keys and values, and the larger of reading prompts and a token's logits."""
     size, width, lengths = demand.policy, demand.width, demand.lengths
     rows = rows_together(demand, layout)
     prompts = -(-rows // demand.responses_per_prompt)
@@ -119,9 +118,24 @@ def _whole_while_sampling(demand: Demand, layout: Layout) -> dict[str, float]:
     return {"policy gathered whole": whole * (1 - 1 / layout.shard)} if layout.shard > 1 else {}
 
 
+def samples_by_layer(demand: Demand, layout: Layout) -> bool:
+    """Whether the GPUs that train gather a layer of the policy at a time to sample, as the generator decides it: from
+    what is free once all that trains is held."""
+    if layout.gpus == 1 or layout.generator != "torch" or layout.cluster is not None:
+        return False
+    held = _weights_and_state(demand, layout)
+    whole = float(demand.policy.parameters * demand.width) + held.get("adapters", 0.0)
+    free = (layout.device.memory_gib - layout.device.runtime_gib) * 2**30 - sum(held.values())
+    return gathers_by_layer(layout.gather, whole, free)
+
+
 def rows_together(demand: Demand, layout: Layout) -> int:
-    """Rows that decode together on one GPU."""
-    return min(-(-demand.sequences // layout.gpus), demand.sequences_per_batch)
+    """Rows that decode together on one GPU; where room for keys and values is set aside, as many as it holds."""
+    rows = min(-(-demand.sequences // layout.gpus), demand.sequences_per_batch)
+    if layout.cache_gib is None:
+        return rows
+    held = layout.cache_gib * 2**30 / (demand.lengths.mean * cache_bytes(demand.policy, demand.width))
+    return max(1, min(rows, int(held)))
 
 
 def _evaluate(demand: Demand, layout: Layout) -> dict[str, float]:

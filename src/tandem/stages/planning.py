@@ -9,19 +9,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tandem.config import PpoConfig, VllmSection
+from tandem.config import ClusterSection, PpoConfig, VllmSection
 from tandem.errors import InputError
 from tandem.models.cards import read_card
 from tandem.models.source import check_labels, read_config
-from tandem.plan.advice import what_would_fit
+from tandem.plan.advice import what_would_be_faster, what_would_fit
 from tandem.plan.demand import PRECISION_BYTES, Lengths, demand_of
 from tandem.plan.devices import Device, device_of, gpus_asked_for
-from tandem.plan.layout import Layout
+from tandem.plan.layout import Cluster, Layout, Workers
 from tandem.plan.model_size import ModelSize
 from tandem.plan.planned import Plan, planned
 from tandem.plan.shapes import size_of_shape
 from tandem.plan.words import report
-from tandem.recipe import load_config
+from tandem.recipe import load_config, read_tree
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,32 @@ def run_plan(recipe: Path, overrides: Sequence[str], settings: PlanSettings) -> 
     """Plan, and print it. Raises InputError for GPUs, lengths or models that there are not, and for a recipe that a
     run on so many GPUs would refuse."""
     count = gpus_asked_for(settings.gpus)[0]
-    plan = plan_of(load_config(PpoConfig, recipe, [*overrides, f"--parallel.processes={count}"]), settings)
+    own = [] if has_cluster(recipe, overrides) else [f"--parallel.processes={count}"]
+    plan = plan_of(load_config(PpoConfig, recipe, [*overrides, *own]), settings)
     advice = [] if plan.fits else what_would_fit(plan.demand, plan.layout)
+    faster = what_would_be_faster(plan) if plan.fits else None
     if settings.json:
-        print(json.dumps(plan.record() | {"advice": advice}, indent=2))
+        print(json.dumps(plan.record() | {"advice": advice, "faster": faster and faster.record()}, indent=2))
     else:
-        report(plan, advice, Console(highlight=False))
+        report(plan, advice, faster, Console(highlight=False))
     return plan
 
 
+def has_cluster(recipe: Path, overrides: Sequence[str]) -> bool:
+    """Whether a recipe places its processes over a cluster, and so says itself how many of them train."""
+    cluster = read_tree(recipe, overrides).get("cluster")
+    return cluster is not None and not (isinstance(cluster, dict) and cluster.get("kind") == "none")
+
+
 def plan_of(config: PpoConfig, settings: PlanSettings) -> Plan:
-    """The plan of a recipe whose processes are the GPUs asked for."""
-    name = gpus_asked_for(settings.gpus)[1]
+    """The plan of a recipe: of its processes over a cluster, or else of as many as it says, each on a GPU."""
+    count, name = gpus_asked_for(settings.gpus)
     policy, rewards = sizes_of(config, settings.model_shape)
     precision = config.compute.precision
     if precision == "auto":
         precision = "float32" if name == "cpu" else "bfloat16"
     device = device_of(name, policy, precision)
-    layout = layout_of(config, device)
+    layout = layout_of(config, device, count)
     lengths = lengths_of(config, settings)
     return planned(demand_of(config, policy, rewards, lengths, PRECISION_BYTES[precision]), layout)
 
@@ -102,17 +110,62 @@ def _reward_size(config: PpoConfig, source: str, trust: bool) -> ModelSize | Non
     return ModelSize.of_config(read_config(source, "rewards.model", trust))
 
 
-def layout_of(config: PpoConfig, device: Device) -> Layout:
-    """As many GPUs as the recipe has processes, with the models cut as it says."""
+def layout_of(config: PpoConfig, device: Device, gpus_there: int) -> Layout:
+    """As many GPUs as the recipe has processes that train, with the models cut as it says; others over a cluster.
+
+    Raises InputError for a cluster whose resource lines leave models without a GPU.
+    """
     rollout, parallel = config.rollout, config.parallel
     sleeps = rollout.staleness == 0 and (rollout.vllm is None or rollout.vllm.sleep) and device.is_gpu
     in_process = rollout.generator == "torch"
+    apart = config.cluster is not None
+    cluster = None if config.cluster is None else cluster_of(config, config.cluster, device, gpus_there)
     return Layout(
         gpus=parallel.processes,
-        device=device,
+        device=device if cluster is None else _of_one(device, cluster.trainer_gpus),
         shard=parallel.processes // parallel.replicate,
         activation_checkpointing=parallel.activation_checkpointing,
         generator=rollout.generator,
-        generator_copy="never" if in_process and rollout.staleness == 0 else "while sampling" if sleeps else "always",
+        generator_copy="never"
+        if apart or (in_process and rollout.staleness == 0)
+        else "while sampling"
+        if sleeps
+        else "always",
         cache_gib=None if in_process else (rollout.vllm or VllmSection()).kv_cache_gib,
+        gather=rollout.gather,
+        cluster=cluster,
     )
+
+
+def cluster_of(config: PpoConfig, settings: ClusterSection, device: Device, gpus_there: int) -> Cluster:
+    """Who stands where, by the resource lines. Raises InputError where who computes has no GPU."""
+    if not device.is_gpu:
+        raise InputError(
+            "--gpus cpu plans one process, and the recipe has a cluster; add --cluster none, or give GPUs."
+        )
+    computing = ["trainer_gpus", "generator_gpus"]
+    if settings.reward_workers and any(source.model for source in config.rewards):
+        computing.append("reward_gpus")
+    for name in computing:
+        if getattr(settings, name) == 0:
+            raise InputError(
+                f"cluster.{name} = 0: those processes would compute on CPUs, which is not planned; set it to 1, or to "
+                "a share of a GPU."
+            )
+
+    def workers(count: int, gpus: float) -> Workers:
+        return Workers(count, gpus, _of_one(device, gpus))
+
+    return Cluster(
+        gpus_there=gpus_there,
+        trainer_gpus=settings.trainer_gpus,
+        generators=workers(settings.generators, settings.generator_gpus),
+        scorers=workers(settings.reward_workers, settings.reward_gpus),
+        samples_per_task=settings.samples_per_task,
+        ahead=config.rollout.staleness == 1,
+    )
+
+
+def _of_one(device: Device, gpus: float) -> Device:
+    """What a process computes on: one GPU, however many it is given, or its share of one."""
+    return device.part(gpus) if 0 < gpus < 1 else device

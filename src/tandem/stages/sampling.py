@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tandem.config import PpoConfig, SamplingSection, VllmSection
+from tandem.config import Gather, PpoConfig, SamplingSection, VllmSection, gathers_by_layer
 from tandem.data.feed import Feed, Place
 from tandem.models.causal import CausalPolicy
 from tandem.rollout import Generator, InStep, TorchGenerator, VllmEngine, VllmGenerator
@@ -95,13 +95,17 @@ def make_generator(
     random: torch.Generator,
     *,
     load: Load | None = None,
-    gather: str = "auto",
+    gather: Gather = "auto",
 ) -> TorchGenerator:
     """One that samples from the policy itself; `load` renews its weights where it is a copy of the one that trains.
 
     `gather` is `rollout.gather`, for processes that share the policy.
     """
-    by_layer = {"model": lambda: False, "layer": lambda: True, "auto": lambda: is_too_large_to_gather(policy)}[gather]
+
+    def by_layer() -> bool:
+        whole = sum(parameter.nbytes for parameter in policy.trunk.model.parameters())
+        return gathers_by_layer(gather, whole, free_memory(policy.device))
+
     return TorchGenerator(
         policy if world().alone else InStep(policy, by_layer),
         decoder(tokenizer),
@@ -111,12 +115,6 @@ def make_generator(
         random=random,
         load=load,
     )
-
-
-def is_too_large_to_gather(policy: CausalPolicy) -> bool:
-    """Whether the whole policy would take more than half of the memory that this process has free."""
-    whole = sum(parameter.nbytes for parameter in policy.trunk.model.parameters())
-    return whole > free_memory(policy.device) / 2
 
 
 def make_engine(policy: CausalPolicy, config: PpoConfig, context: int) -> VllmEngine:

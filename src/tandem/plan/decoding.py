@@ -1,0 +1,79 @@
+"""The time of sampling on one GPU: prompts are read, then every token is a pass of a few rows."""
+
+from __future__ import annotations
+
+import math
+
+from tandem.plan.arithmetic import cache_bytes
+from tandem.plan.cost import Cost, added
+from tandem.plan.demand import Demand
+from tandem.plan.layout import Layout
+from tandem.plan.memory import rows_together, samples_by_layer
+from tandem.plan.passes import calling, gathering_beside, rates, reading, sequences_of_one, token_traffic
+
+# Passes over an array of logits to sample from.
+SAMPLING_PASSES = 6
+# Keys and values are read, and the scores over them written and read.
+CACHE_PASSES = 2
+
+
+def rollout(demand: Demand, layout: Layout) -> Cost:
+    """All responses of a step that one GPU samples, a batch of rows after another."""
+    here, rank = sequences_of_one(demand, layout), demand.rank or 0
+    batches = math.ceil(here / rows_together(demand, layout))
+    prompts = -(-here // demand.responses_per_prompt) * demand.lengths.mean_prompt
+    calls = Cost(calls=batches * calling(layout, demand.policy, rank if layout.generator == "torch" else 0))
+    read = added([reading(demand, layout, demand.policy, prompts, demand.lengths.mean_prompt, rank), calls])
+    tokens = batches * demand.lengths.longest_response
+    decoded = token(demand, layout).times(tokens)
+    if samples_by_layer(demand, layout):
+        gathered, network = gathered_for_a_pass(demand, layout)
+        return added(
+            [
+                gathering_beside(read, layout, batches * gathered, batches * network),
+                gathering_beside(decoded, layout, tokens * gathered, tokens * network),
+            ]
+        )
+    whole = Cost()
+    if layout.generator == "torch" and layout.shard > 1:
+        size, weights = demand.policy, demand.policy.parameters * float(demand.width)
+        network = layout.collective_seconds(weights, layout.shard, size.layers + 1)
+        whole = gathering_beside(Cost(), layout, weights, network)
+    return added([whole, read, decoded])
+
+
+def token(demand: Demand, layout: Layout) -> Cost:
+    """One token more for all rows that decode together.
+
+    On a GPU the weights are read while they are multiplied; a processor does one after the other. Keys and values are
+    read once for all query heads that share them.
+    """
+    size, lengths, device = demand.policy, demand.lengths, layout.device
+    flops, bandwidth = rates(layout)
+    rank = demand.rank or 0
+    going = rows_together(demand, layout) * lengths.mean_response / lengths.longest_response
+    weights = size.trunk + size.head
+    multiplying = (2.0 * weights * going) / flops
+    fetching = weights * demand.width / bandwidth
+    context = lengths.mean_prompt + lengths.mean_response / 2
+    moved = going * (
+        context * cache_bytes(size, demand.width) * CACHE_PASSES
+        + size.layers * token_traffic(size, rank) * demand.width
+        + size.vocabulary * 4.0 * SAMPLING_PASSES
+    )
+    if device.is_gpu:
+        multiplying, fetching = (multiplying, 0.0) if multiplying >= fetching else (0.0, fetching)
+    if layout.generator == "vllm":
+        calls = device.pass_seconds + size.layers * device.graph_layer_seconds
+    else:
+        calls = calling(layout, size, rank)
+    return Cost(multiplying, fetching + moved / bandwidth, calls)
+
+
+def gathered_for_a_pass(demand: Demand, layout: Layout) -> tuple[float, float]:
+    """Where a layer is gathered at a time, for every pass: bytes of all weights, and the seconds that they take on
+    their way, with the vote on whether anybody goes on."""
+    size = demand.policy
+    weights = size.parameters * float(demand.width)
+    vote = layout.collective_seconds(0.0, layout.gpus, 1)
+    return weights, layout.collective_seconds(weights, layout.shard, size.layers + 1) + vote
