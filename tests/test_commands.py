@@ -54,6 +54,10 @@ def reward_file(tmp_path, body="return [float(len(r)) for r in responses]"):
     return f"{path}:reward"
 
 
+# "auto" is bfloat16 on machines with matrix units, which agrees to two digits.
+EXACT = "--compute.precision=float32"
+
+
 def ppo_words(tmp_path, model, *more):
     return [
         "ppo",
@@ -91,6 +95,7 @@ def reward_model(tiny, tmp_path_factory):
         f"--data.train={pair_file(folder)}",
         "--optimizer.lr=0.01",
         "--epochs=4",
+        EXACT,
     ]
     assert main([*words, "--adapters.rank=4", "--every_token_weight=1.0", f"--run.directory={folder / 'run'}"]) == 0
     return folder / "run" / "model"
@@ -144,7 +149,7 @@ def test_reward_stage_goes_on_from_a_reward_model(reward_model, tmp_path):
 
 @pytest.mark.parametrize("mode", ["separate", "adapters"])
 def test_ppo_under_a_reward_model(tiny, reward_model, tmp_path, capsys, mode):
-    words = ppo_words(tmp_path, tiny(), f"--rewards.0.model={reward_model}", f"--sharing.mode={mode}")
+    words = ppo_words(tmp_path, tiny(), f"--rewards.0.model={reward_model}", f"--sharing.mode={mode}", EXACT)
     words += [
         f"--data.eval_prompts={prompt_file(tmp_path)}",
         "--policy.epochs=2",
@@ -345,7 +350,7 @@ def test_real_model_from_sft_to_ppo(stories, tmp_path):
     ]
     assert main([*words, f"--run.directory={tmp_path / 'sft'}", "--epochs=3", "--sequences_per_minibatch=5"]) == 0
     words = ppo_words(tmp_path, tmp_path / "sft" / "model", *with_function(tmp_path))
-    assert main([*words, "--sharing.mode=adapters", "--adapters.upper_layers=2"]) == 0
+    assert main([*words, "--sharing.mode=adapters", "--adapters.upper_layers=2", EXACT]) == 0
     assert read_metrics(tmp_path / "ppo")[0]["rollout/logprob_mismatch"] < 1e-4
 
 

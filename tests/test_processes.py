@@ -24,10 +24,9 @@ from sharded_memory import save_llama
 from tandem.cli import main
 from tandem.run.checkpoints import damage
 from tandem.run.folder import read_metrics
-from test_commands import WORDS, pair_file, ppo_words, prompt_file, refused, with_function, write
+from test_commands import EXACT, WORDS, pair_file, ppo_words, prompt_file, refused, with_function, write
 from test_resume import self_ending_reward
 
-EXACT = "--compute.precision=float32"
 TOLERANCE = 1e-5
 # Rounded to 8 bits, in another order. In five steps weights move no further than this, so what it holds are losses and
 # the gradient's norm.

@@ -12,7 +12,7 @@ import pytest
 from tandem.cli import main
 from tandem.run.folder import read_metrics
 from tandem.stages.sampling import meanwhile
-from test_commands import ppo_words, refused
+from test_commands import EXACT, ppo_words, refused
 
 REWARD = "def reward(prompts, responses, rows):\n    return [float(r.count('a')) for r in responses]\n"
 
@@ -21,6 +21,7 @@ def run_of(tmp_path: Path, model: Path, *more: str) -> Path:
     function = tmp_path / "counts.py"
     function.write_text(REWARD)
     words = ppo_words(tmp_path, model, f"--rewards.0.function={function}:reward", "--value.start=policy", "--steps=5")
+    words.append(EXACT)
     folder = tmp_path / "-".join(["run", *more]).replace("/", "").replace("--", "")
     assert main([*words, "--policy.lr=0.003", f"--run.directory={folder}", *more]) == 0
     return folder

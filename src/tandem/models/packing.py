@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def _from_packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _computing(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _computing(layer: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     layer.forward = forward
     try:
         yield

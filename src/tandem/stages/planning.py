@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from tandem.config import ClusterSection, PpoConfig, VllmSection
 from tandem.errors import InputError
 from tandem.models.cards import read_card
+from tandem.models.loading import pick_dtype
 from tandem.models.source import check_labels, read_config
 from tandem.plan.advice import what_would_be_faster, what_would_fit
 from tandem.plan.demand import PRECISION_BYTES, Lengths, demand_of
@@ -60,10 +62,15 @@ def has_cluster(recipe: Path, overrides: Sequence[str]) -> bool:
 def plan_of(config: PpoConfig, settings: PlanSettings) -> Plan:
     """The plan of a recipe: of its processes over a cluster, or else of as many as it says, each on a GPU."""
     count, name = gpus_asked_for(settings.gpus)
+    if name == "cpu" and config.cluster is not None:
+        raise InputError(
+            "--gpus cpu plans one process, and the recipe has a cluster; add --cluster none, or give GPUs."
+        )
     policy, rewards = sizes_of(config, settings.model_shape)
     precision = config.compute.precision
     if precision == "auto":
-        precision = "float32" if name == "cpu" else "bfloat16"
+        own = name == "cpu" and pick_dtype("auto", torch.device("cpu")) == torch.float32
+        precision = "float32" if own else "bfloat16"
     device = device_of(name, policy, precision)
     layout = layout_of(config, device, count)
     lengths = lengths_of(config, settings)
@@ -139,10 +146,6 @@ def layout_of(config: PpoConfig, device: Device, gpus_there: int) -> Layout:
 
 def cluster_of(config: PpoConfig, settings: ClusterSection, device: Device, gpus_there: int) -> Cluster:
     """Who stands where, by the resource lines. Raises InputError where who computes has no GPU."""
-    if not device.is_gpu:
-        raise InputError(
-            "--gpus cpu plans one process, and the recipe has a cluster; add --cluster none, or give GPUs."
-        )
     computing = ["trainer_gpus", "generator_gpus"]
     if settings.reward_workers and any(source.model for source in config.rewards):
         computing.append("reward_gpus")
