@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from tandem.models.cache import roomy_cache
 from tandem.models.packing import packed
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
-from tandem.world import world
 
 _LOGITS_PER_CHUNK = 2**26
 
@@ -139,7 +138,7 @@ class CausalPolicy:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Within it many tokens can be sampled one by one, by each process as many as it likes."""
-        with self.trunk.gathered(), packed(self._model) if world().alone else nullcontext():
+        with self.trunk.gathered(), packed(self._model):
             yield
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
