@@ -304,6 +304,12 @@ def test_values_in_other_units_are_the_same_values_and_gradients_scale(trunk):
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
 
+@pytest.fixture
+def few_in_cache(monkeypatch):
+    """Two of the rows below at a time."""
+    monkeypatch.setattr("tandem.algo.projection._NUMBERS_IN_CACHE", 22)
+
+
 PROJECTIONS = pytest.mark.parametrize(("head_trains", "rows"), [(True, 3), (True, 7), (False, 3), (False, 7)])
 
 
@@ -316,6 +322,7 @@ def chunks_to_project(head_trains):
 
 
 @PROJECTIONS
+@pytest.mark.usefixtures("few_in_cache")
 def test_chunks_have_the_gradient_of_the_whole(head_trains, rows):
     states, weight, targets, (upstream, _) = chunks_to_project(head_trains)
     trained = [tensor for tensor in (states, weight) if tensor.requires_grad]
@@ -329,6 +336,7 @@ def test_chunks_have_the_gradient_of_the_whole(head_trains, rows):
 
 
 @PROJECTIONS
+@pytest.mark.usefixtures("few_in_cache")
 def test_entropies_have_the_gradient_of_the_whole(head_trains, rows):
     states, weight, targets, upstream = chunks_to_project(head_trains)
     trained = [tensor for tensor in (states, weight) if tensor.requires_grad]
@@ -347,6 +355,27 @@ def test_entropies_have_the_gradient_of_the_whole(head_trains, rows):
     (found[0] * upstream[0].float() + found[1] * upstream[1].float()).sum().backward()
     for tensor, gradient in zip(trained, expected, strict=True):
         assert torch.allclose(tensor.grad, gradient, atol=1e-5)
+
+
+@PROJECTIONS
+@pytest.mark.usefixtures("few_in_cache")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_chunk_in_its_own_precision_has_the_gradient_but_for_its_rounding(head_trains, rows, dtype, tolerance):
+    states, weight, targets, upstream = chunks_to_project(head_trains)
+
+    def gradients(dtype):
+        # What is rounded is the same for both.
+        leaves = [
+            tensor.detach().bfloat16().to(dtype).requires_grad_(tensor.requires_grad) for tensor in (states, weight)
+        ]
+        found = algo.projected_logprobs_and_entropies(
+            leaves[0], targets, lambda part, _: part @ leaves[1].T, rows, head_trains=head_trains
+        )
+        (found[0] * upstream[0] + found[1] * upstream[1]).sum().backward()
+        return [leaf.grad.double() for leaf in leaves if leaf.requires_grad]
+
+    for found, exact in zip(gradients(dtype), gradients(torch.float64), strict=True):
+        assert (found - exact).norm() < tolerance * exact.norm()
 
 
 def test_spread_within_prompts_is_around_each_prompts_own_mean():
