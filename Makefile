@@ -6,6 +6,8 @@ STORIES ?= ../shared/data/tinystories/train.jsonl
 DEMO_MODEL ?= $(HOME)/.cache/tandem/SmolLM2-135M-Instruct
 # How many inputs the fuzz run damages.
 CASES ?= 2000
+# How often each process of a run over Ray is struck.
+TIMES ?= 1
 # More for the benchmark, such as --vllm-python PATH or --only "decoding float32".
 BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -45,8 +47,8 @@ study: .venv/ready ## PPO, A2C, DPO and best-of-n at equal KL, after make demo-s
 faults: .venv/ready ## end real runs in every known way and see what is lost: docs/reliability.md (15 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python -m faults
 
-cluster-faults: .venv-ray/ready ## kill each kind of process of runs over Ray: docs/results/cluster-faults.md
-	PYTHONPATH=benchmarks .venv-ray/bin/python -m faults.cluster
+cluster-faults: .venv-ray/ready ## kill each kind of process of runs over Ray, TIMES each: docs/results/cluster-faults.md
+	PYTHONPATH=benchmarks .venv-ray/bin/python -m faults.cluster $(TIMES)
 
 fuzz: .venv/ready ## damaged recipes and data files, CASES of them: docs/results/fuzz.md
 	PYTHONPATH=benchmarks $(BIN)/python -m fuzz $(CASES)
