@@ -81,6 +81,9 @@ def test_one_token_attends_as_the_fused_kernel_does(tiny, architecture):
     assert torch.allclose(found, decoded(plain(tiny(architecture), torch.float32), torch.float32), atol=1e-5)
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not multiply bfloat16 by oneDNN"
+)
 def test_matrices_laid_out_for_sampling_give_the_same_logits(tiny):
     policy = CausalPolicy(Trunk(ours(tiny("llama-wide"), torch.bfloat16)), FULL_DISTRIBUTION)
     positions = torch.arange(12).expand(4, 12)
