@@ -34,6 +34,9 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "CRITICAL",
 }
+# What an engine takes is said in bytes. vLLM also wants a share of a GPU to be free before it starts: by default most,
+# and the models that train are there already.
+_SHARE_FREE_AT_START = 0.01
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _ADAPTER = "policy"
 
@@ -98,6 +101,7 @@ class VllmEngine:
                 max_model_len=context,
                 max_num_seqs=sampling.sequences_per_batch,
                 kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+                gpu_memory_utilization=_SHARE_FREE_AT_START,
                 logprobs_mode="processed_logprobs",
                 enforce_eager=not (on_gpu if settings.compiled is None else settings.compiled),
                 enable_sleep_mode=self._sleeps,
