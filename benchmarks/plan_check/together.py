@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tandem.models.trunk import Trunk
-from tandem.plan.devices import Device, this_machine
+from tandem.plan.devices import Device, calling_seconds, narrow_model, this_machine, usual_seconds
 from tandem.plan.model_size import ModelSize
 from tandem.world import RENDEZVOUS, end, join, world
 
 SENT_BYTES = 2**24
-NARROW_LAYERS = (2, 16)
 
 
 def in_several(words: Sequence[str], processes: int) -> list[dict[str, Any]]:
@@ -55,11 +51,10 @@ def reached(size: ModelSize) -> Device:
     and the seconds by which a layer of next to no work takes longer where its weights are gathered."""
     dist.barrier()
     device = this_machine(size, "float32")
-    few, many = (seconds_of_pass(layers) for layers in NARROW_LAYERS)
-    a_layer = (many - few) / (NARROW_LAYERS[1] - NARROW_LAYERS[0])
+    _, a_layer = calling_seconds(seconds_of_pass)
     part = torch.zeros(SENT_BYTES // 4)
     parts = [torch.empty_like(part) for _ in range(world().size)]
-    seconds = typical(lambda: dist.all_gather(parts, part))
+    seconds = usual_seconds(lambda: dist.all_gather(parts, part))
     link = SENT_BYTES * (world().size - 1) / seconds
     return replace(
         device, link=link, network=link, link_share=1.0, hop_seconds=max(0.0, a_layer - device.layer_seconds)
@@ -68,26 +63,9 @@ def reached(size: ModelSize) -> Device:
 
 def seconds_of_pass(layers: int) -> float:
     """One token through so many narrow layers whose weights are cut over the processes."""
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=layers,
-        num_attention_heads=1,
-        pad_token_id=None,
-    )
-    trunk, ids = Trunk(LlamaForCausalLM(config).eval()), torch.zeros(1, 1, dtype=torch.int64)
+    trunk, ids = Trunk(narrow_model(layers)), torch.zeros(1, 1, dtype=torch.int64)
     with torch.no_grad():
-        return typical(lambda: trunk.run(lambda: trunk.decoder(input_ids=ids, use_cache=False)))
-
-
-def typical(work: Callable[[], object], tries: int = 30) -> float:
-    seconds = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+        return usual_seconds(lambda: trunk.run(lambda: trunk.decoder(input_ids=ids, use_cache=False)))
 
 
 if __name__ == "__main__":

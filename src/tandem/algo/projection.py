@@ -174,14 +174,12 @@ def _in_float32(chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
     They may be overwritten: where the chunk is float32, they are its own.
     """
     size = max(1, _NUMBERS_IN_CACHE // chunk.shape[1]) if chunk.is_cpu else len(chunk)
-    if chunk.dtype == torch.float32:
-        for start in range(0, len(chunk), size):
-            yield slice(start, start + size), chunk[start : start + size]
-        return
-    room = torch.empty(min(size, len(chunk)), chunk.shape[1], device=chunk.device)
+    room = None
+    if chunk.dtype != torch.float32:
+        room = torch.empty(min(size, len(chunk)), chunk.shape[1], device=chunk.device)
     for start in range(0, len(chunk), size):
         part = chunk[start : start + size]
-        yield slice(start, start + size), room[: len(part)].copy_(part)
+        yield slice(start, start + size), part if room is None else room[: len(part)].copy_(part)
 
 
 def _put_back(part: Tensor, place: Tensor) -> None:

@@ -174,8 +174,7 @@ def _timed(work: Callable[[], object], device: str, timer: Timer, choice: Choice
 def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_counter) -> Device:
     """This machine's processor: its memory, what it usually reaches at the model's width, and what calls cost."""
     ceilings = measure_ceilings(size, precision, CPU, timer, statistics.median)
-    few, many = (_pass_seconds(layers, timer) for layers in _NARROW_LAYERS)
-    a_layer = (many - few) / (_NARROW_LAYERS[1] - _NARROW_LAYERS[0])
+    a_pass, a_layer = calling_seconds(lambda layers: _token_seconds(layers, timer))
     return Device(
         name=CPU,
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
@@ -187,7 +186,7 @@ def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_count
         product_share=1.0,
         bandwidth_share=1.0,
         layer_seconds=a_layer,
-        pass_seconds=few - _NARROW_LAYERS[0] * a_layer,
+        pass_seconds=a_pass,
         is_gpu=False,
     )
 
@@ -196,8 +195,15 @@ def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_count
 _NARROW_LAYERS = (2, 16)
 
 
-def _pass_seconds(layers: int, timer: Timer) -> float:
-    """One token through so many narrow layers, with the keys and values of a few before it, and one sampled after."""
+def calling_seconds(seconds_of: Callable[[int], float]) -> tuple[float, float]:
+    """What a pass costs beside its layers, and what each layer costs, by the seconds of so many layers."""
+    few, many = (seconds_of(layers) for layers in _NARROW_LAYERS)
+    a_layer = (many - few) / (_NARROW_LAYERS[1] - _NARROW_LAYERS[0])
+    return few - _NARROW_LAYERS[0] * a_layer, a_layer
+
+
+def narrow_model(layers: int) -> LlamaForCausalLM:
+    """One whose layers have next to no work."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=8,
@@ -206,16 +212,20 @@ def _pass_seconds(layers: int, timer: Timer) -> float:
         num_attention_heads=1,
         pad_token_id=None,
     )
-    model, ids, uniform = LlamaForCausalLM(config).eval(), torch.zeros(1, 1, dtype=torch.int64), torch.rand(1)
-    cache = DynamicCache(config=config)
+    return LlamaForCausalLM(config).eval()
+
+
+def usual_seconds(work: Callable[[], object], timer: Timer = time.perf_counter) -> float:
+    """On the processor, the median of many times."""
+    return _timed(work, CPU, timer, statistics.median, tries=30)
+
+
+def _token_seconds(layers: int, timer: Timer) -> float:
+    """One token through so many narrow layers, with the keys and values of a few before it, and one sampled after."""
+    model, ids, uniform = narrow_model(layers), torch.zeros(1, 1, dtype=torch.int64), torch.rand(1)
+    cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        return _timed(
-            lambda: sample(model(input_ids=ids, past_key_values=cache).logits[:, -1], uniform),
-            CPU,
-            timer,
-            statistics.median,
-            tries=30,
-        )
+        return usual_seconds(lambda: sample(model(input_ids=ids, past_key_values=cache).logits[:, -1], uniform), timer)
 
 
 def _runtime_gib() -> float:

@@ -10,6 +10,8 @@ from typing import Literal
 from tandem.config import Gather
 from tandem.plan.devices import GPUS_PER_MACHINE, Device
 
+GeneratorCopy = Literal["never", "while sampling", "always"]
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -49,7 +51,7 @@ class Layout:
     shard: int
     activation_checkpointing: bool
     generator: Literal["torch", "vllm"]
-    generator_copy: Literal["never", "while sampling", "always"]
+    generator_copy: GeneratorCopy
     cache_gib: float | None
     gather: Gather = "auto"
     cluster: Cluster | None = None

@@ -18,7 +18,7 @@ from tandem.models.source import check_labels, read_config
 from tandem.plan.advice import what_would_be_faster, what_would_fit
 from tandem.plan.demand import PRECISION_BYTES, Lengths, demand_of
 from tandem.plan.devices import Device, device_of, gpus_asked_for
-from tandem.plan.layout import Cluster, Layout, Workers
+from tandem.plan.layout import Cluster, GeneratorCopy, Layout, Workers
 from tandem.plan.model_size import ModelSize
 from tandem.plan.planned import Plan, planned
 from tandem.plan.shapes import size_of_shape
@@ -69,8 +69,8 @@ def plan_of(config: PpoConfig, settings: PlanSettings) -> Plan:
     policy, rewards = sizes_of(config, settings.model_shape)
     precision = config.compute.precision
     if precision == "auto":
-        own = name == "cpu" and pick_dtype("auto", torch.device("cpu")) == torch.float32
-        precision = "float32" if own else "bfloat16"
+        fast = name != "cpu" or pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+        precision = "bfloat16" if fast else "float32"
     device = device_of(name, policy, precision)
     layout = layout_of(config, device, count)
     lengths = lengths_of(config, settings)
@@ -123,9 +123,6 @@ def layout_of(config: PpoConfig, device: Device, gpus_there: int) -> Layout:
     Raises InputError for a cluster whose resource lines leave models without a GPU.
     """
     rollout, parallel = config.rollout, config.parallel
-    sleeps = rollout.staleness == 0 and (rollout.vllm is None or rollout.vllm.sleep) and device.is_gpu
-    in_process = rollout.generator == "torch"
-    apart = config.cluster is not None
     cluster = None if config.cluster is None else cluster_of(config, config.cluster, device, gpus_there)
     return Layout(
         gpus=parallel.processes,
@@ -133,15 +130,20 @@ def layout_of(config: PpoConfig, device: Device, gpus_there: int) -> Layout:
         shard=parallel.processes // parallel.replicate,
         activation_checkpointing=parallel.activation_checkpointing,
         generator=rollout.generator,
-        generator_copy="never"
-        if apart or (in_process and rollout.staleness == 0)
-        else "while sampling"
-        if sleeps
-        else "always",
-        cache_gib=None if in_process else (rollout.vllm or VllmSection()).kv_cache_gib,
+        generator_copy=_generator_copy(config, device),
+        cache_gib=None if rollout.generator == "torch" else (rollout.vllm or VllmSection()).kv_cache_gib,
         gather=rollout.gather,
         cluster=cluster,
     )
+
+
+def _generator_copy(config: PpoConfig, device: Device) -> GeneratorCopy:
+    """When there is a second policy beside the models that train: over a cluster it is in other processes."""
+    rollout = config.rollout
+    if config.cluster is not None or (rollout.generator == "torch" and rollout.staleness == 0):
+        return "never"
+    sleeps = rollout.staleness == 0 and (rollout.vllm is None or rollout.vllm.sleep) and device.is_gpu
+    return "while sampling" if sleeps else "always"
 
 
 def cluster_of(config: PpoConfig, settings: ClusterSection, device: Device, gpus_there: int) -> Cluster:
