@@ -26,7 +26,7 @@ os.environ |= {
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed here; `make test-ray` has an environment with it", allow_module_level=True)
 
-from faults.cluster import processes
+from faults.cluster import processes, until_free
 from faults.same import differences
 from in_processes import run_in_processes
 from tandem.cli import main
@@ -287,8 +287,7 @@ def test_a_command_that_is_ended_goes_on_exactly(cluster, tiny, tmp_path, reques
     said = command.communicate(timeout=60)[1].decode()
     if number == signal.SIGTERM:
         assert command.returncode == 130, said
-    while processes("ray::Trainer") and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until_free(run, seconds=60)
     assert main(["ppo", "--resume", str(run), *onward]) == 0
     assert differences(run, request.getfixturevalue(like)) == []
 

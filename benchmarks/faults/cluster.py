@@ -20,7 +20,9 @@ from pathlib import Path
 from faults.runs import command, environment, prepare
 from faults.same import differences
 from tandem.cluster.events import read_events
+from tandem.errors import InputError
 from tandem.run.folder import read_metrics
+from tandem.run.lock import claimed
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SAMPLES_PER_TASK = 4
@@ -118,8 +120,7 @@ def struck(case: Case, words: Sequence[str], run: Path, seed: int, alone: Path) 
     events = read_events(run)
     saved = [event["goes_on_after_step"] for event in events if event["event"] == "trainer lost"]
     if case.title == COMMAND:
-        while processes("ray::Trainer"):
-            time.sleep(0.1)
+        until_free(run, seconds=120)
         saved = [max((int(path.name[5:]) for path in run.glob("checkpoints/step_*")), default=0)]
         statuses.append(start(["ppo", "--resume", str(run)]).wait())
     return Story(
@@ -139,6 +140,22 @@ def start(words: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def rows(run: Path) -> list[dict[str, float]]:
     return read_metrics(run) if (run / "metrics.jsonl").exists() else []
+
+
+def until_free(run: Path, seconds: float) -> None:
+    """Wait until no process holds the run's folder; a trainer lives on for a moment when its command is killed.
+
+    Raises InputError where one still does in the end.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with claimed(run):
+                return
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def processes(title: str) -> list[int]:
