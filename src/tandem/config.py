@@ -124,6 +124,16 @@ class ComputeSection(Section):
     )
 
 
+class JointComputeSection(ComputeSection):
+    """As in the other stages, with what pays in a long one."""
+
+    compiled: bool | None = Field(
+        None,
+        description="compute the models' layers by code that torch's compiler makes at the start, in a minute or two "
+        "(if unset: on a CPU, in a run that is long enough to earn that back); in one process",
+    )
+
+
 class ParallelSection(Section):
     """How many processes train together, and how they share the models."""
 
@@ -781,7 +791,7 @@ class PpoConfig(Section):
     health: HealthSection = HealthSection()
     run: RunSection = RunSection()
     checkpoints: CheckpointSection = CheckpointSection()
-    compute: ComputeSection = ComputeSection()
+    compute: JointComputeSection = JointComputeSection()
     parallel: ParallelSection = ParallelSection()
     cluster: ClusterSection | None = Field(None, description="place the run's processes over a cluster")
 

@@ -27,6 +27,7 @@ def impossible(config: PpoConfig) -> Iterator[str]:
     yield from too_many_processes(config.parallel, "policy.", config.policy.sequences_per_minibatch, "sequences")
     yield from too_many_processes(config.parallel, "value.", config.value.sequences_per_minibatch, "sequences")
     yield from not_in_several_processes(config)
+    yield from not_compiled_in_several_processes(config)
     policy, value, advantage, score = config.policy, config.value, config.advantage, config.score
     head = config.sharing.mode == "head"
     if head and value.start == "reward":
@@ -161,6 +162,16 @@ def not_in_several_processes(config: PpoConfig) -> Iterator[str]:
                 f"{config.parallel.processes}; set parallel.processes = 1 or rollout.{name} = {alone!r}, or let "
                 "generators sample over a cluster (docs/cluster.md)"
             )
+
+
+def not_compiled_in_several_processes(config: PpoConfig) -> Iterator[str]:
+    """Layers that are cut over processes, or computed twice, are not compiled, and neither are those of workers."""
+    several = config.cluster is not None or config.parallel.processes > 1 or config.parallel.activation_checkpointing
+    if config.compute.compiled and several:
+        yield (
+            "compute.compiled = true goes with one process that keeps its activations; leave it out, or leave out "
+            "[cluster] and [parallel]"
+        )
 
 
 def without_effect(config: PpoConfig, preset: Mapping[str, Any]) -> Iterator[str]:

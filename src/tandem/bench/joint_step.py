@@ -53,6 +53,7 @@ def recipe(workload: Workload, reward_model: str, prompts: Path) -> PpoConfig:
             "device": workload.device,
             "precision": workload.precision,
             "tokens_per_microbatch": workload.tokens_per_microbatch,
+            "compiled": workload.compiled,
         },
     }
     return PpoConfig.model_validate(tree | ({"adapters": adapters} if adapters else {}))

@@ -69,7 +69,8 @@ def standard_rows(small_chat_model: str | None, device: str, threads: int) -> li
     step, batch = (64, 32, 64), (64, 32, 32)
 
     def of(name: str, model: str, sizes: tuple[int, int, int], precision: Precision, **more: Any) -> Workload:
-        return Workload(name, model, *sizes, precision, device=device, threads=threads, **more)
+        compiled = device == "cpu"
+        return Workload(name, model, *sizes, precision, device=device, threads=threads, compiled=compiled, **more)
 
     rows = [
         Row(STEP, of("15M Llama, 4 epochs", "llama-15m", step, precision, epochs=4), ("trl",))
@@ -108,7 +109,8 @@ def gpu_rows(device: str) -> list[Row]:
 
 def rows_of_model(model: str, device: str, threads: int, precision: Precision) -> list[Row]:
     """A joint step and decoding on a person's own model."""
-    step = Workload(model, model, 32, 32, 64, precision, device=device, threads=threads)
+    compiled = device == "cpu"
+    step = Workload(model, model, 32, 32, 64, precision, device=device, threads=threads, compiled=compiled)
     return [Row(STEP, step, ("trl",)), Row(DECODING, step, ("transformers", "vllm"))]
 
 

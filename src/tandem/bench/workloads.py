@@ -16,7 +16,8 @@ class Workload:
     """One joint step, or the decoding of one batch.
 
     `sequences` prompts of `prompt_tokens` each are answered with exactly `response_tokens`. `model` is a directory, a
-    hub id or the name of a shape (tandem.bench.models). `upper_layers` are those that adapters stand on, all if None.
+    hub id or the name of a shape (tandem.bench.models). `upper_layers` are those that adapters stand on, all if None;
+    `compiled` says whether Tandem compiles its layers before anything is timed, as it does in a long run on a CPU.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Workload:
     tokens_per_microbatch: int = 2048
     device: str = "cpu"
     threads: int | None = None
+    compiled: bool = False
     seed: int = 0
 
     @property

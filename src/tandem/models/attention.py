@@ -30,7 +30,8 @@ def attend_on_cpu(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: 
         return sdpa_attention_forward(module, query, key, value, mask, **more)
     scaling = more.get("scaling") or query.shape[-1] ** -0.5
     if query.shape[2] == 1:
-        return _one_token(query, key, value, mask, scaling), None
+        one_token = _one_token_in_sums if torch.compiler.is_compiling() else _one_token
+        return one_token(query, key, value, mask, scaling), None
     if query.dtype != torch.float32 and key.shape[2] <= _LONGEST_IN_PRODUCTS and getattr(module, "is_causal", True):
         return _in_products(query, key, value, mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, mask, **more)
@@ -42,6 +43,17 @@ def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     shared = query.view(rows, key.shape[1], heads // key.shape[1], width)
     found = torch.nn.functional.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=scaling)
     return found.reshape(rows, 1, heads, value.shape[3])
+
+
+def _one_token_in_sums(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Sums of elementwise products in float32, which compiled code takes in one pass over keys and one over values."""
+    rows, heads, _, width = query.shape
+    shared = query.view(rows, key.shape[1], heads // key.shape[1], 1, width).float() * scaling
+    scores = (shared * key[:, :, None].float()).sum(-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, _least(scores))
+    found = (scores.softmax(-1)[..., None] * value[:, :, None].float()).sum(-2)
+    return found.to(query.dtype).reshape(rows, 1, heads, value.shape[3])
 
 
 def _in_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

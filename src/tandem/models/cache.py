@@ -25,6 +25,11 @@ class RoomyLayer(DynamicLayer):
         self._capacity = capacity
         self._room: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the next token is written into room that is there."""
+        return self._room is not None and self.keys.shape[2] < self._room[0].shape[2]
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add positions; returns all there are. The first ones, a prompt's, are kept as they come."""
         if not self.is_initialized:

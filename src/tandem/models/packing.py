@@ -41,9 +41,24 @@ def _from_packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     laid_out, bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS), layer.bias
 
     def multiplied(rows: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(rows, laid_out, bias, "none", [], "")
+        return torch.ops.tandem.multiply_packed(rows, laid_out, bias)
 
     return multiplied
+
+
+_OPERATORS = torch.library.Library("tandem", "DEF")
+_OPERATORS.define("multiply_packed(Tensor rows, Tensor laid_out, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl(_OPERATORS, "multiply_packed", "CompositeExplicitAutograd")
+def _multiply_packed(rows: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:
+    """As an operator of its own, since compiled code takes oneDNN's from constants alone."""
+    return torch.ops.mkldnn._linear_pointwise.default(rows, laid_out, bias, "none", [], "")
+
+
+@torch.library.register_fake("tandem::multiply_packed")
+def _shape_of_product(rows: Tensor, laid_out: Tensor, _: Tensor | None) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], laid_out.shape[0])
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from tandem.rewards.remote import RemoteReward
 from tandem.rollout import Generator, VllmEngine, VllmGenerator
 from tandem.rollout.vllm_generator import check_installed
 from tandem.run import Progress, RunFolder
+from tandem.stages.compilation import compile_models, compiles
 from tandem.stages.joint import evaluate, tokens_of
 from tandem.stages.sampling import make_engine, make_generator, send_weights
 from tandem.stages.scoring import refused_before_training
@@ -176,7 +177,12 @@ def build(
     check_end(config, models.policy.stop_ids(tokenizer), progress)
     introduce(reward_models, progress)
     sampling = torch.Generator(device=placement.device).manual_seed(config.run.seed)
-    engine, generator = make_sampler(config, models.policy, tokenizer, prompts.longest, sampling, workers)
+    sampler = models.policy
+    if workers is None and config.rollout.generator == "torch" and config.rollout.staleness:
+        sampler = models.policy.own_copy()
+    if compiles(config, models.policy):
+        compile_models(config, models, reward_models.values(), sampler, progress)
+    engine, generator = make_sampler(config, models.policy, sampler, tokenizer, prompts.longest, sampling, workers)
     terms = reward_terms(config.rewards, reward_models, functions, tokenizer)
     reward = WeightedSum(terms if workers is None else workers.spread(terms))
     if offsets is None:
@@ -204,22 +210,23 @@ def build(
 def make_sampler(
     config: PpoConfig,
     policy: CausalPolicy,
+    sampler: CausalPolicy,
     tokenizer: PreTrainedTokenizerBase,
     longest_prompt: int,
     random: torch.Generator,
     workers: Workers | None,
 ) -> tuple[VllmEngine | None, Generator]:
-    """What samples the responses of training, and the engine behind it, where that is vLLM's in this process."""
+    """What samples the responses of training, and the engine behind it, where that is vLLM's in this process.
+
+    `sampler` is the policy, or the copy of it that samples while the policy trains.
+    """
     if workers is not None:
         return None, workers.generator(random)
     if config.rollout.generator == "vllm":
         engine = make_engine(policy, config, longest_prompt + config.rollout.max_new_tokens)
         return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
-    rollout = config.rollout
-    if rollout.staleness:
-        copy = policy.own_copy()
-        return None, make_generator(copy, tokenizer, rollout, random, load=copy.load_weights)
-    return None, make_generator(policy, tokenizer, rollout, random, gather=rollout.gather)
+    load = None if sampler is policy else sampler.load_weights
+    return None, make_generator(sampler, tokenizer, config.rollout, random, load=load, gather=config.rollout.gather)
 
 
 def reward_terms(

@@ -1,0 +1,98 @@
+"""Layers computed by compiled code are held to the same layers as they are written, and to each other over a break."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from faults.same import differences
+from tandem.cli import main
+from tandem.config import PpoConfig
+from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
+from tandem.models.compiling import compile_layers
+from tandem.models.loading import load_causal
+from tandem.models.trunk import Trunk
+from tandem.run.folder import read_metrics
+from tandem.stages.compilation import compiles
+from test_commands import EXACT, ppo_words, prompt_file, refused, with_function
+from test_resume import self_ending_reward
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++ on a CPU")
+COMPILED = "--compute.compiled=true"
+SAME = ["policy/loss", "value/loss", "kl/reference", "policy/entropy", "reward/total", "value/explained_variance"]
+
+
+def in_float32(path) -> CausalPolicy:
+    return CausalPolicy(Trunk(load_causal(str(path), "model", torch.float32, torch.device("cpu"))), FULL_DISTRIBUTION)
+
+
+@needs_compiler
+def test_a_compiled_run_is_the_run_and_goes_on_exactly(tiny, tmp_path, capsys):
+    """What goes on does so in another process; its responses end at different lengths, so rows leave the batch."""
+    function, marker = self_ending_reward(tmp_path, 3)
+    words = [*ppo_words(tmp_path, tiny(), f"--rewards.0.function={function}", "--value.start=policy", EXACT)]
+    words += [f"--data.prompts={prompt_file(tmp_path)}", "--steps=3", "--policy.lr=0.001", "--value.lr=0.001"]
+    assert main([*words, f"--run.directory={tmp_path / 'cut'}", COMPILED]) == 130
+    assert marker.exists()
+    done = subprocess.run([sys.executable, "-m", "tandem", "ppo", "--resume", str(tmp_path / "cut")], check=False)
+    assert done.returncode == 0
+    assert main([*words, f"--run.directory={tmp_path / 'compiled'}", COMPILED]) == 0
+    assert differences(tmp_path / "cut", tmp_path / "compiled") == []
+    assert main([*words, f"--run.directory={tmp_path / 'plain'}"]) == 0
+    plain, compiled = (read_metrics(tmp_path / name) for name in ("plain", "compiled"))
+    for one, other in zip(plain, compiled, strict=True):
+        found = {name: (one[name], other[name]) for name in SAME if name in one}
+        assert len(found) >= 4
+        for a, b in found.values():
+            assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    assert "not compiled" not in capsys.readouterr().out
+
+
+@needs_compiler
+def test_layers_that_cannot_be_compiled_stay_as_they_are(tiny, tmp_path, capsys, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "false"))
+    words = [*ppo_words(tmp_path, tiny(), *with_function(tmp_path), EXACT)]
+    capsys.readouterr()
+    said = refused(capsys, [*words, COMPILED])
+    assert "layers cannot be compiled" in said
+    monkeypatch.setattr("tandem.stages.compilation._EARNS_IT_BACK", 1)
+    assert main(words) == 0
+    assert "the layers are not compiled" in capsys.readouterr().out
+    torch.compiler.reset()
+
+
+def test_what_was_compiled_can_be_undone(tiny):
+    policy = in_float32(tiny())
+    undo = compile_layers(policy.trunk.layers)
+    assert all("forward" in vars(layer) for layer in policy.trunk.layers)
+    undo()
+    assert all("forward" not in vars(layer) for layer in policy.trunk.layers)
+
+
+def test_only_a_long_run_compiles_by_itself(tiny):
+    policy = in_float32(tiny())
+    parameters = sum(parameter.numel() for parameter in policy.trunk.model.parameters())
+
+    def config(steps: int, **compute: object) -> PpoConfig:
+        rollout = {"prompts_per_step": 10, "responses_per_prompt": 10, "max_new_tokens": 100}
+        tree = {"policy": {"model": "m"}, "data": {"prompts": "p"}, "rewards": [{"model": "r"}], "steps": steps}
+        return PpoConfig.model_validate(tree | {"rollout": rollout, "compute": compute})
+
+    enough = int(1e13 / parameters / 10_000) + 1
+    assert compiles(config(enough), policy) == (shutil.which("g++") is not None)
+    assert not compiles(config(enough // 2), policy)
+    assert not compiles(config(enough, compiled=False), policy)
+
+
+def test_a_compiled_run_needs_a_compiler_and_one_process(tiny, tmp_path, capsys, monkeypatch):
+    words = ppo_words(tmp_path, tiny(), *with_function(tmp_path), COMPILED)
+    capsys.readouterr()
+    assert "one process" in refused(capsys, [*words, "--processes=2"])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "needs a C++ compiler" in refused(capsys, words)
