@@ -13,7 +13,7 @@ from faults.same import differences
 from tandem.cli import main
 from tandem.config import PpoConfig
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.compiling import compile_layers
+from tandem.models.compiling import CompiledLayers
 from tandem.models.loading import load_causal
 from tandem.models.trunk import Trunk
 from tandem.run.folder import read_metrics
@@ -69,9 +69,9 @@ def test_layers_that_cannot_be_compiled_stay_as_they_are(tiny, tmp_path, capsys,
 
 def test_what_was_compiled_can_be_undone(tiny):
     policy = in_float32(tiny())
-    undo = compile_layers(policy.trunk.layers)
+    compiled = CompiledLayers(policy.trunk.layers)
     assert all("forward" in vars(layer) for layer in policy.trunk.layers)
-    undo()
+    compiled.undo()
     assert all("forward" not in vars(layer) for layer in policy.trunk.layers)
 
 

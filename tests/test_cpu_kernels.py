@@ -95,6 +95,9 @@ def test_matrices_laid_out_for_sampling_give_the_same_logits(tiny):
     with policy.gathered():
         inside = logits()
         assert all("forward" in vars(layer) for layer in policy.trunk.model.modules() if type(layer) is torch.nn.Linear)
+        with policy.gathered():
+            assert torch.equal(logits(), inside)
+        assert torch.equal(logits(), inside), "what was laid out outside stays"
     assert not any("forward" in vars(layer) for layer in policy.trunk.model.modules())
     assert distance(inside, before) < 1e-2
     with torch.no_grad():

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from tandem.allocator import keep_memory
 from tandem.bench.workloads import Workload
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.compiling import compile_layers
+from tandem.models.compiling import CompiledLayers
 from tandem.models.loading import load_causal, load_tokenizer, pick_dtype
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
@@ -64,7 +64,7 @@ def measure(workload: Workload, batches: int) -> dict[str, Any]:
     model = load_causal(workload.model, "model", pick_dtype(workload.precision, device), device)
     policy = CausalPolicy(Trunk(model), FULL_DISTRIBUTION)
     if workload.compiled:
-        compile_layers(policy.trunk.layers)
+        CompiledLayers(policy.trunk.layers)
     generator = fixed_length_generator(policy, tokenizer, workload)
     seconds = []
     for number in range(batches + 1):

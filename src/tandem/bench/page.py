@@ -14,8 +14,9 @@ Made by `make bench` (the same numbers as JSON: [performance.json](performance.j
 a model of your own. Why the code is as it is, and what did not help: [decision 10](decisions/0010-speed.md).
 
 Each side of a row is a process of its own, and the sides take turns, round by round; a ratio is that of the medians of
-one round, and a range is over rounds. The first step or batch of each process is left out. Absolute times are of one
-machine at one time: quote ratios.
+one round, and a range is over rounds. The first step or batch of each process is left out. On a CPU the layers of
+Tandem's models are compiled before (`compute.compiled`, as long runs do by themselves), and that time is left out too.
+Absolute times are of one machine at one time: quote ratios.
 
 {machine}
 

@@ -16,44 +16,52 @@ _VARIANTS = 64
 """How many ways a layer may be called, each with code of its own: with a gradient or without, by adapter, a token."""
 
 
-def compile_layers(layers: nn.ModuleList) -> Callable[[], None]:
-    """Let the layers of a decoder compute by compiled code; what is returned undoes it.
+class CompiledLayers:
+    """A decoder's layers, computed by compiled code from here on.
 
-    Code is made at the first call of each kind, for all layers that are alike and for batches of any size. Two kinds
-    stay as they are: a batch of a single row, and reading prompts into an empty cache.
+    Code is made at the first call of each kind, for all layers that are alike and for batches of any size, until
+    `settle`. Two kinds stay as they are: a batch of a single row, and reading prompts into an empty cache.
     """
-    compiled: dict[Any, Forward] = {}
-    for place, layer in enumerate(layers):
-        kind = type(layer).forward
-        if kind not in compiled:
-            compiled[kind] = torch.compile(kind, dynamic=True, recompile_limit=_VARIANTS)  # type: ignore[call-overload]
-        layer.forward = _by_call(layer, place, compiled[kind])
 
-    def undo() -> None:
-        for layer in layers:
+    def __init__(self, layers: nn.ModuleList) -> None:
+        # Gradients of one pass are asked for more than once where those of two losses are compared.
+        torch._functorch.config.donated_buffer = False
+        self._layers: Any = layers
+        self._compiled: dict[Forward, Forward] = {}
+        for place, layer in enumerate(self._layers):
+            kind = type(layer).forward
+            if kind not in self._compiled:
+                self._compiled[kind] = torch.compile(kind, dynamic=True, recompile_limit=_VARIANTS)  # type: ignore[call-overload]
+            layer.forward = self._forward(layer, place, kind)
+
+    def settle(self) -> None:
+        """Make no more code: calls of other kinds than those so far are computed as they are written."""
+        self._compiled = {kind: torch._dynamo.run(kind) for kind in self._compiled}
+
+    def undo(self) -> None:
+        """Let all be computed as it is written."""
+        for layer in self._layers:
             del layer.forward
 
-    return undo
+    def _forward(self, layer: Any, place: int, kind: Forward) -> Forward:
+        plain: Forward = layer.forward
 
+        def forward(hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
+            if hidden_states.shape[0] == 1:
+                return plain(hidden_states, *inputs, **named)
+            cache = next((given for given in (*inputs, *named.values()) if isinstance(given, Cache)), None)
+            if cache is None:
+                return self._compiled[kind](layer, hidden_states, *inputs, **named)
+            held = cache.layers[place]
+            if type(held) is not RoomyLayer or not held.has_room or hidden_states.shape[1] > 1:
+                return plain(hidden_states, *inputs, **named)
 
-def _by_call(layer: Any, place: int, compiled: Forward) -> Forward:
-    """The forward of the layer in this place."""
-    plain: Forward = layer.forward
+            # Code that is to do for every layer must not look for its own part of the cache.
+            def own(given: Any) -> Any:
+                return held if given is cache else given
 
-    def forward(hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
-        cache = next((given for given in (*inputs, *named.values()) if isinstance(given, Cache)), None)
-        if hidden_states.shape[0] == 1:
-            return plain(hidden_states, *inputs, **named)
-        if cache is None:
-            return compiled(layer, hidden_states, *inputs, **named)
-        held = cache.layers[place]
-        if type(held) is not RoomyLayer or not held.has_room or hidden_states.shape[1] > 1:
-            return plain(hidden_states, *inputs, **named)
+            return self._compiled[kind](
+                layer, hidden_states, *map(own, inputs), **{name: own(given) for name, given in named.items()}
+            )
 
-        # Code that is to do for every layer must not look for its own part of the cache.
-        def own(given: Any) -> Any:
-            return held if given is cache else given
-
-        return compiled(layer, hidden_states, *map(own, inputs), **{name: own(given) for name, given in named.items()})
-
-    return forward
+        return forward

@@ -21,11 +21,12 @@ _ROWS = 64
 def packed(model: nn.Module) -> Iterator[None]:
     """Within it every matrix of a bfloat16 model on a CPU is multiplied from a laid out copy.
 
-    The copies take the memory of the weights once more, and weights that change within it are not seen.
+    The copies take the memory of the weights once more, and weights that change within it are not seen. Within another
+    it does nothing.
     """
     with ExitStack() as until_the_end:
         for layer in model.modules():
-            if type(layer) is nn.Linear and _can_be_packed(layer.weight):
+            if type(layer) is nn.Linear and "forward" not in vars(layer) and _can_be_packed(layer.weight):
                 until_the_end.enter_context(_computing(layer, _from_packed(layer)))
         yield
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from torch import Tensor
 from tandem.config import PpoConfig
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
-from tandem.models.compiling import compile_layers
+from tandem.models.compiling import CompiledLayers
 from tandem.models.scoring import DecoderScorer
 from tandem.models.sharing import JointModels, RewardModel
+from tandem.models.source import positions
 from tandem.models.trunk import Trunk
 from tandem.run import Progress
 from tandem.types import Tokens, whole_texts
@@ -63,24 +64,28 @@ def compile_models(
 ) -> None:
     """Compile the layers of all models, in each way that a step calls them, on texts that are always the same.
 
-    The code depends on the sizes that it is first made for; on these, a run that is gone on with computes as one that
-    was not interrupted. `sampler` is the policy that is asked for tokens. Raises InputError where layers cannot be
-    compiled and the recipe wants it; where the recipe is silent, a person is told.
+    The code depends on the sizes that it is first made for: made here alone, it is the same in a run that is gone on
+    with. What the run calls in another way yet is computed as it is written. `sampler` is the policy, or the copy of it
+    that samples. Raises InputError where layers cannot be compiled and the recipe wants it; where the recipe is silent,
+    a person is told.
     """
     scorers = [reward.scorer.model for reward in rewards if isinstance(reward.scorer, DecoderScorer)]
     learning: list[Model] = [(models.policy.trunk, models.policy.adapter), (models.value.trunk, models.value.adapter)]
     reading = [*learning, (models.reference.trunk, models.reference.adapter)]
     reading += [(scorer.trunk, scorer.adapter) for scorer in scorers]
-    trunks = [trunk for trunk, _ in reading] + [sampler.trunk]
-    with ExitStack() as undo, progress.console.status("compiling the models' layers"):
-        for trunk in dict.fromkeys(trunks):
-            undo.callback(compile_layers(trunk.layers))
-        try:
-            _try_out(dict.fromkeys(reading), dict.fromkeys(learning), sampler)
-        except Exception as error:
-            _cannot(config, error, progress)
-        else:
-            undo.pop_all()
+    progress.say("compiling the models' layers, which takes up to two minutes the first time")
+    samplers = dict.fromkeys([models.policy, sampler])
+    trunks = dict.fromkeys([trunk for trunk, _ in reading] + [policy.trunk for policy in samplers])
+    compiled = [CompiledLayers(trunk.layers) for trunk in trunks]
+    try:
+        with progress.console.status("compiling"):
+            _try_out(dict.fromkeys(reading), dict.fromkeys(learning), samplers)
+    except Exception as error:
+        for layers in compiled:
+            layers.undo()
+        _cannot(config, error, progress)
+    for layers in compiled:
+        layers.settle()
 
 
 def _cannot(config: PpoConfig, error: Exception, progress: Progress) -> None:
@@ -92,13 +97,20 @@ def _cannot(config: PpoConfig, error: Exception, progress: Progress) -> None:
     progress.say(f"the layers are not compiled: {said[0]}")
 
 
-def _try_out(reading: Iterable[Model], learning: Iterable[Model], sampler: CausalPolicy) -> None:
-    texts = whole_texts([[row + place for place in range(_LENGTH)] for row in range(_ROWS)])
+def _try_out(reading: Iterable[Model], learning: Iterable[Model], samplers: Iterable[CausalPolicy]) -> None:
+    texts = _texts(next(iter(samplers)).trunk)
     for trunk, adapter in reading:
         _read(trunk, adapter, texts)
     for trunk, adapter in learning:
         _learn(trunk, adapter, texts)
-    _sample(sampler, texts.ids.to(sampler.device))
+    for policy in samplers:
+        _sample(policy, texts.ids.to(policy.device))
+
+
+def _texts(trunk: Trunk) -> Tokens:
+    config = trunk.model.config
+    length, vocabulary = min(_LENGTH, positions(config) or _LENGTH), config.get_text_config().vocab_size
+    return whole_texts([[(row + place) % vocabulary for place in range(length)] for row in range(_ROWS)])
 
 
 @torch.no_grad()
@@ -108,28 +120,29 @@ def _read(trunk: Trunk, adapter: str | None, texts: Tokens) -> None:
 
 
 def _learn(trunk: Trunk, adapter: str | None, texts: Tokens) -> None:
-    hidden = trunk.hidden(trunk.prepare(texts, texts.ids.numel()), adapter)
-    hidden.sum().backward()
-    trunk.forget()
-    for parameter in trunk.model.parameters():
-        parameter.grad = None
+    try:
+        trunk.hidden(trunk.prepare(texts, texts.ids.numel()), adapter).sum().backward()
+    finally:
+        trunk.forget()
+        for parameter in trunk.model.parameters():
+            parameter.grad = None
 
 
 def _sample(policy: CausalPolicy, ids: Tensor) -> None:
-    """Two tokens after prompts with padding and without; a row leaves between them, as rows do."""
-    prompts, tokens = ids[:, : _LENGTH // 2], ids[:, :1]
-    rows, length = prompts.shape
+    """Two tokens after prompts, all of one length and of different ones; a row leaves between them, as rows do."""
+    rows, length = len(ids), ids.shape[1] // 2
+    padded = torch.ones_like(ids)
+    padded[: rows // 2, 0] = 0
     with policy.gathered():
-        for mask in (None, torch.ones(rows, length + 2, dtype=torch.int64, device=ids.device)):
-            if mask is not None:
-                mask[: rows // 2, 0] = 0
-            cache = policy.new_cache(_LENGTH)
-            positions = torch.arange(length, device=ids.device).expand(rows, length)
-            policy.next_logits(prompts, _first(mask, rows, length), positions, cache)
-            policy.next_logits(tokens, _first(mask, rows, length + 1), tokens + length, cache)
+        for mask in (None, padded):
+            cache = policy.new_cache(ids.shape[1])
+
+            def read(staying: int, first: int, end: int, mask: Tensor | None = mask, cache: Any = cache) -> None:
+                places = torch.arange(first, end, device=ids.device).expand(staying, -1)
+                seen = None if mask is None else mask[:staying, :end]
+                policy.next_logits(ids[:staying, first:end], seen, places, cache)
+
+            read(rows, 0, length)
+            read(rows, length, length + 1)
             cache.batch_select_indices(torch.arange(rows - 1, device=ids.device))
-            policy.next_logits(tokens[1:], _first(mask, rows - 1, length + 2), tokens[1:] + length, cache)
-
-
-def _first(mask: Tensor | None, rows: int, columns: int) -> Tensor | None:
-    return None if mask is None else mask[:rows, :columns]
+            read(rows - 1, length + 1, length + 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class GeneratorWorker:
     def __init__(self, config: PpoConfig, folder: str) -> None:
         self._config, self._folder = config, folder
         self._number: int | None = None
+        self._kept = ExitStack()
+        self._keep: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def prepare(self) -> None:
         """Load the policy as the recipe names it. Raises InputError where it cannot be loaded here."""
@@ -62,6 +65,7 @@ class GeneratorWorker:
         policy = CausalPolicy(placement.trunk(config.policy.model, "policy.model"), sampling_rule(config))
         random = torch.Generator(device=placement.device)
         if config.rollout.generator == "torch":
+            self._keep = policy.gathered
             self._generator: TorchGenerator | VllmGenerator = make_generator(
                 policy, tokenizer, config.rollout, random, load=policy.load_weights
             )
@@ -70,10 +74,15 @@ class GeneratorWorker:
         self._generator = VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
 
     def answer(self, sent: Sent, asked: Asked) -> list[Rollout]:
-        """Responses under these weights, which are fetched if they are not here yet. Cut short, that leaves none."""
+        """Responses under these weights, which are fetched if they are not here yet. Cut short, that leaves none.
+
+        What is laid out anew to sample from weights is kept until others come.
+        """
         if sent.number != self._number:
             self._number = None
+            self._kept.close()
             self._generator.load_weights(receive(sent), sent.number)
+            self._kept.enter_context(self._keep())
             self._number = sent.number
         return self._generator.answer(asked.prompts, asked.chance)
 
