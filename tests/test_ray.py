@@ -6,9 +6,11 @@ import importlib.util
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +22,13 @@ from faults.same import differences
 from in_processes import run_in_processes
 from ray_runs import kill_when_at, loopback_cluster, lost, words_of
 from tandem.cli import main
+from tandem.cluster.events import Events
+from tandem.cluster.library import ray
 from tandem.cluster.meeting import interface_of, open_store, store_at
+from tandem.cluster.pool import Patience, Pool
 from tandem.errors import InputError
 from tandem.run.folder import read_metrics
+from tandem.run.signals import Terminated, ended_by_sigterm
 from tandem.stages.over_ray import Lost, verdict
 from tandem.stages.trainer import Ended
 from test_commands import refused
@@ -177,6 +183,27 @@ def test_the_ends_of_its_processes_say_how_a_trainer_ended():
     assert verdict({1: done}, 2) == Lost([0])
     with pytest.raises(RayTaskError, match="a traceback"):
         verdict({1: broken}, 2)
+
+
+def test_a_signal_that_comes_while_a_task_is_waited_for_raises_what_its_handler_raises(cluster, tmp_path):
+    class Slow:
+        def prepare(self) -> None:
+            pass
+
+        def answer(self) -> None:
+            time.sleep(30)
+
+    def start(number: int) -> Any:
+        return ray().remote(Slow).options(num_cpus=number + 1).remote()
+
+    ray().init(address=cluster, log_to_driver=False, logging_level="error")
+    try:
+        pool = Pool("generator", 1, start, Patience(2.0, 60.0), Events(tmp_path), print)
+        threading.Timer(5.0, signal.raise_signal, [signal.SIGTERM]).start()
+        with ended_by_sigterm(), pytest.raises(Terminated):
+            pool.run([[1]], lambda process, _: process.answer.remote())
+    finally:
+        ray().shutdown()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for ports in /proc")
