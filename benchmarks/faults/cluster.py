@@ -58,12 +58,16 @@ TWO_TRAINERS = Placing(
 
 @dataclass(frozen=True)
 class Case:
-    """What is done to which process, which is known by how its title begins. Of two trainers it is not the first."""
+    """What is done to which process, which is known by how its title begins, and how the commands end that it takes.
+
+    Of two trainers it is not the first.
+    """
 
     name: str
     title: str
     number: signal.Signals
     placing: Placing = ONE_TRAINER
+    statuses: Sequence[int] = (0,)
 
 
 CASES = [
@@ -73,8 +77,8 @@ CASES = [
     Case("a reward worker hangs", "ray::RewardWorker", signal.SIGSTOP),
     Case("the trainer is killed", "ray::Trainer", signal.SIGKILL),
     Case("one of two trainers is killed, not the first", "ray::Trainer", signal.SIGKILL, TWO_TRAINERS),
-    Case("the command is killed, then `--resume`", COMMAND, signal.SIGKILL),
-    Case("the command gets SIGTERM, then `--resume`", COMMAND, signal.SIGTERM),
+    Case("the command is killed, then `--resume`", COMMAND, signal.SIGKILL, statuses=(-signal.SIGKILL, 0)),
+    Case("the command gets SIGTERM, then `--resume`", COMMAND, signal.SIGTERM, statuses=(130, 0)),
 ]
 
 
@@ -110,6 +114,8 @@ def main(times: int) -> int:
                 stories.append(struck(case, words, run, number, untouched))
                 print(stories[-1], flush=True)
     lost = [f"{story.case}: {', '.join(story.differences)} differ" for story in stories if story.differences]
+    right = {case.name: list(case.statuses) for case in CASES}
+    lost += [f"{story.case}: ended with {story.statuses}" for story in stories if story.statuses != right[story.case]]
     RESULTS.mkdir(exist_ok=True)
     found = json.dumps([asdict(story) for story in stories], indent=1)
     (RESULTS / "cluster-faults.json").write_text(found + "\n", encoding="utf-8")
@@ -211,17 +217,18 @@ def page(stories: Sequence[Story]) -> str:
         "trainers, whose tasks are of one sample, is held against an untouched run in two processes without a cluster.",
         "",
         "| what was done | times | samples lost, sampled or scored again | steps done again | what the run's folder "
-        "says | in the end |",
-        "|---|---:|---|---|---|---|",
+        "says | exit status | in the end |",
+        "|---|---:|---|---|---|---|---|",
     ]
     for case in CASES:
         chosen = [story for story in stories if story.case == case.name]
         said = sorted({event for story in chosen for event in story.events})
+        ended = dict.fromkeys(", then ".join(map(str, story.statuses)) for story in chosen)
         same = sum(not story.differences for story in chosen)
         lost, again = ([getattr(story, name) for story in chosen] for name in ("lost_samples", "steps_again"))
         lines.append(
             f"| {case.name} | {len(chosen)} | {', '.join(map(str, lost))} | {', '.join(map(str, again))} | "
-            f"{', '.join(said) or '-'} | {same} of {len(chosen)} bit-identical |"
+            f"{', '.join(said) or '-'} | {'; '.join(ended)} | {same} of {len(chosen)} bit-identical |"
         )
     lines += [
         "",
