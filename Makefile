@@ -85,9 +85,10 @@ test-ray: .venv-ray/ready ## runs over real Ray processes, each kind of which is
 .venv-vllm/ready: pyproject.toml constraints.txt scripts/install_vllm.sh
 	PYTHON=$(PYTHON) sh scripts/install_vllm.sh .venv-vllm
 
-test-vllm: .venv-vllm/ready ## the tests of the vLLM generator, in an environment with vLLM (3.4 GB) that it makes itself
+test-vllm: .venv-vllm/ready ## the tests of the vLLM generator, over Ray too, in an environment (4 GB) that it makes itself
 	.venv-vllm/bin/python -m pytest -n 0 tests/test_generator.py
 	.venv-vllm/bin/python -m pytest -n 0 tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -n 0 tests/test_vllm_ray.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make a virtual environment with vLLM and Tandem in it: install_vllm.sh FOLDER
+# Make a virtual environment with vLLM, Ray and Tandem in it: install_vllm.sh FOLDER
 # It is one of its own, since vLLM holds torch, transformers and numpy to versions that it was built with.
 set -eu
 folder=$1
@@ -24,5 +24,5 @@ fi
 echo "installing Tandem and what it needs"
 # vLLM's own numpy stays.
 grep -v -e '^numpy==' -e '^torch==' constraints.txt >"$folder/constraints.txt"
-$pip install --constraint "$folder/constraints.txt" --editable . pytest pytest-xdist hypothesis
+$pip install --constraint "$folder/constraints.txt" --editable ".[ray]" pytest pytest-xdist hypothesis
 touch "$folder/ready"

@@ -24,7 +24,8 @@ from tandem.run.folder import read_metrics
 from tandem.run.signals import Signals, Terminated, ended_by_sigterm
 from tandem.view.reading import read_run
 from tandem.view.report import report_content
-from test_commands import WORDS, prompt_file, refused, write
+from test_commands import EXACT, WORDS, prompt_file, refused, write
+from test_processes import assert_same
 from test_resume import end_at_step
 
 KINDS = {"sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig, "dpo": DpoConfig}
@@ -327,6 +328,39 @@ def test_dpo_in_place_of_reward_model_and_ppo(tiny, tmp_path):
     assert told["reference"]["numbers"]["nats_an_answer"] < 1e-3
     assert {tuple(one["answers"]) for one in summary["answers"]} == {("base", "sft", "dpo")}
     AutoTokenizer.from_pretrained(summary["model"])
+
+
+def test_a_stage_in_two_processes_is_that_of_one_and_goes_on(tiny, tmp_path, capfd):
+    dropped = ("--ppo", "--reward", "--run.directory", "--samples", "--sft.epochs", "--sft.optimizer")
+    words = [word for word in words_of(tiny(), tmp_path, tmp_path) if not word.startswith(dropped)]
+    words += [f"--dpo.data.train={tmp_path / 'pairs.jsonl'}", "--sft.steps=2", "--dpo.steps=8", EXACT, "--samples=0"]
+    in_two = ["--processes=2", "--sft.parallel.processes=1", "--dpo.checkpoints.every_steps=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*words, f"--run.directory={one}"]) == 0
+    cut = end_at_step(two / "dpo", 3, signal.SIGTERM, [*words, f"--run.directory={two}", *in_two])
+    said = cut.communicate(timeout=120)[0].decode()
+    assert cut.returncode == 130, said
+    assert "Traceback" not in said
+    assert f"go on with: tandem pipeline --resume {two}" in said
+    assert 0 < len(read_metrics(two / "dpo")) < 8
+    capfd.readouterr()
+    assert main(["pipeline", "--resume", str(two), "--dpo.checkpoints.keep=3"]) == 0
+    said = capfd.readouterr().out
+    assert "sft is finished" in said
+    assert "changed: checkpoints.keep 2 -> 3" in said
+    for stage, processes in (("sft", 1), ("dpo", 2)):
+        assert_same(one / stage, two / stage)
+        assert load_config(KINDS[stage], two / stage / "config.toml", []).parallel.processes == processes
+
+
+def test_how_many_processes_a_stage_takes_is_looked_at_first(tiny, tmp_path, capsys, monkeypatch):
+    words = words_of(tiny(), tmp_path, tmp_path / "run")
+    capsys.readouterr()
+    said = refused(capsys, [*words, "--processes=9"])
+    assert "sft: parallel.processes = 9 is more than the 8 sequences of a minibatch" in said
+    assert "reward: parallel.processes = 9" in said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "give the command once, without torchrun" in refused(capsys, words)
 
 
 def test_what_a_later_stage_needs_is_looked_at_first(tiny, tmp_path, capsys):

@@ -3,61 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# Read when Ray is imported: keep to loopback, and want a token.
-os.environ |= {
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed here; `make test-ray` has an environment with it", allow_module_level=True)
 
-from faults.cluster import processes, until_free
+from faults.cluster import until_free
 from faults.same import differences
 from in_processes import run_in_processes
+from ray_runs import kill_when_at, loopback_cluster, lost, words_of
 from tandem.cli import main
-from tandem.cluster.events import read_events
+from tandem.cluster.events import Events
+from tandem.cluster.library import ray
 from tandem.cluster.meeting import interface_of, open_store, store_at
+from tandem.cluster.pool import Patience, Pool
 from tandem.errors import InputError
 from tandem.run.folder import read_metrics
+from tandem.run.signals import Terminated, ended_by_sigterm
 from tandem.stages.over_ray import Lost, verdict
 from tandem.stages.trainer import Ended
-from test_commands import prompt_file, refused
+from test_commands import refused
 from test_processes import assert_same
 
-REWARD = """
-import os, pathlib, signal, time
-marker, calls = pathlib.Path({marker!r}), 0
-
-def itself():
-    return os.getpid()
-
-def another_trainer():
-    titles = {{int(path.name): (path / "cmdline").read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*")}}
-    return next(pid for pid, title in titles.items() if title.startswith(b"ray::Trainer") and pid != os.getpid())
-
-def reward(prompts, responses, rows):
-    global calls
-    calls += 1
-    if calls == {call} and not marker.exists():
-        marker.touch()
-        os.kill({victim}(), signal.SIGKILL)
-    return [float(len(response) % 7) for response in responses]
-"""
 SIZE = 2
 BEHIND = ["--rollout.staleness=1", f"--rollout.sequences_per_batch={SIZE}", "--compute.precision=float32", "--steps=3"]
 TOGETHER = ["--cluster=ray", "--processes=2", "--cluster.samples_per_task=1"]
@@ -73,34 +49,8 @@ ENDED = {
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[str]:
-    """The address of a Ray cluster of 8 logical CPUs that listens on loopback alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["--head", f"--port={port}", "--num-cpus=8", "--include-dashboard=false", "--block"]
-    ray = Path(sys.executable).with_name("ray")
-    with (tmp_path_factory.mktemp("ray") / "log").open("wb") as log:
-        head = subprocess.Popen([ray, "start", *words], stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 90
-        while not processes("ray::RuntimeEnvAgent") and head.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        yield f"127.0.0.1:{port}"
-        head.terminate()
-        head.wait(60)
-
-
-def words_of(tmp_path: Path, model: Path, folder: str, call: int = -1, victim: str = "itself") -> list[str]:
-    """A joint run whose reward kills the process that it runs in, or another, once, at a call (never at a negative)."""
-    reward = tmp_path / f"reward_{folder}.py"
-    reward.write_text(REWARD.format(marker=str(tmp_path / f"killed_{folder}"), call=call, victim=victim))
-    words = [
-        f"--policy.model={model}",
-        f"--data.prompts={prompt_file(tmp_path)}",
-        f"--rewards.0.function={reward}:reward",
-    ]
-    words += ["--value.start=policy", "--steps=5", "--rollout.prompts_per_step=4", "--rollout.responses_per_prompt=2"]
-    words += ["--rollout.max_new_tokens=24", "--policy.lr=0.001", "--value.lr=0.001", "--checkpoints.every_steps=2"]
-    return [*words, "--run.trackers=[]", f"--run.directory={tmp_path / folder}"]
+    with loopback_cluster(tmp_path_factory.mktemp("ray")) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -126,28 +76,6 @@ def in_two(tiny, tmp_path_factory) -> Path:
     words = ["ppo", *words_of(folder, tiny(), "run"), "--rollout.sequences_per_batch=1"]
     assert run_in_processes([words], folder / "processes") == [0]
     return folder / "run"
-
-
-def kill_when_at(title: str, number: int, done: list[int]) -> threading.Thread:
-    """Send a signal to the first new process of this title, as soon as there is one, from a thread."""
-    earlier = set(processes("ray::"))
-
-    def watch() -> None:
-        deadline = time.monotonic() + 120
-        while not done and time.monotonic() < deadline:
-            for pid in set(processes(title)) - earlier:
-                os.kill(pid, number)
-                done.append(pid)
-                break
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
-def lost(run: Path, event: str) -> Sequence[Mapping[str, object]]:
-    return [one for one in read_events(run) if one["event"] == event]
 
 
 def test_a_run_over_ray_is_the_run_in_one_process(cluster, tiny, tmp_path, untouched):
@@ -255,6 +183,27 @@ def test_the_ends_of_its_processes_say_how_a_trainer_ended():
     assert verdict({1: done}, 2) == Lost([0])
     with pytest.raises(RayTaskError, match="a traceback"):
         verdict({1: broken}, 2)
+
+
+def test_a_signal_that_comes_while_a_task_is_waited_for_raises_what_its_handler_raises(cluster, tmp_path):
+    class Slow:
+        def prepare(self) -> None:
+            pass
+
+        def answer(self) -> None:
+            time.sleep(30)
+
+    def start(number: int) -> Any:
+        return ray().remote(Slow).options(num_cpus=number + 1).remote()
+
+    ray().init(address=cluster, log_to_driver=False, logging_level="error")
+    try:
+        pool = Pool("generator", 1, start, Patience(2.0, 60.0), Events(tmp_path), print)
+        threading.Timer(5.0, signal.raise_signal, [signal.SIGTERM]).start()
+        with ended_by_sigterm(), pytest.raises(Terminated):
+            pool.run([[1]], lambda process, _: process.answer.remote())
+    finally:
+        ray().shutdown()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for ports in /proc")

@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 from tandem import __version__
 from tandem.allocator import keep_memory
 from tandem.config import DpoConfig, EvalConfig, PpoConfig, RewardConfig, SftConfig
-from tandem.errors import InputError, Interrupted, RunError
+from tandem.errors import DONE, FAILED, INTERRUPTED, REFUSED, InputError, Interrupted, RunError
 from tandem.launch import die_with_launcher, run_together
 from tandem.pipeline_config import PipelineConfig
 from tandem.recipe import fields_of, is_finished, load_config, resumed_run
@@ -24,7 +24,6 @@ from tandem.world import join, leave, rank, settle, speaks_for_all, worker, worl
 if TYPE_CHECKING:
     from tandem.run import Progress
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _STAGES: dict[str, Any] = {
     "pipeline": PipelineConfig,
     "sft": SftConfig,
@@ -99,10 +98,9 @@ def _add_stage(commands: Any, name: str, kind: Any) -> None:
     command.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder, by its own recipe, where it was cut short"
     )
-    if name != "pipeline":
-        command.add_argument(
-            "--processes", metavar="N", help="train in so many processes on this machine (parallel.processes)"
-        )
+    command.add_argument(
+        "--processes", metavar="N", help="train in so many processes on this machine (parallel.processes)"
+    )
 
 
 def _add_recipe_command(commands: Any, name: str, kind: Any) -> argparse.ArgumentParser:
@@ -133,9 +131,10 @@ def _settings_help(kind: Any) -> str:
 def _run_stage(name: str, words: Sequence[str]) -> int:
     run, words = resumed_run(name, words)
     recipe, overrides = _recipe_and_settings(_with_processes(name, words))
-    if run is not None and recipe is not None:
+    # A pipeline goes on with a stage by the recipe that it now has for it.
+    if run is not None and recipe is not None and not worker():
         raise InputError(f"--resume {run} goes on with the run's own recipe, so {words[0]!r} was not understood.")
-    if run is not None:
+    if run is not None and recipe is None:
         recipe = run / "config.toml"
         if is_finished(run) and not [word for word in overrides if not word.startswith(_PROCESSES)]:
             if rank() == 0:
@@ -160,12 +159,15 @@ def _run_stage(name: str, words: Sequence[str]) -> int:
 
 def _with_processes(name: str, words: Sequence[str]) -> list[str]:
     """The words with --processes N as the setting that it is; one of several processes knows their number itself."""
+    if name == "pipeline" and worker():
+        raise InputError(
+            "a pipeline starts the processes of its stages by itself; give the command once, without torchrun, and how "
+            "many are to train together by --processes N."
+        )
     long = [
         f"{_PROCESSES}{word.removeprefix('--processes')}" if word.partition("=")[0] == "--processes" else word
         for word in words
     ]
-    if name == "pipeline" and (worker() or long != list(words)):
-        raise InputError("a pipeline's stages run in one process; run sft, reward, dpo or ppo by itself in several.")
     return [*long, f"{_PROCESSES}={world_size()}"] if worker() else long
 
 

@@ -108,6 +108,11 @@ def _impossible_cluster(config: PpoConfig, cluster: ClusterSection) -> Iterator[
             f"compute.device = {device!r}, and with a cluster the resource lines say who has a GPU; leave it out and "
             "set cluster.trainer_gpus"
         )
+    if config.rollout.vllm is not None and config.rollout.vllm.lora == "adapter":
+        yield (
+            'rollout.vllm.lora = "adapter" has no effect with a cluster: its generators are sent all weights, with the '
+            "adapter folded in; leave it out"
+        )
     samples = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     tasks = -(-samples // cluster.samples_per_task)
     for name in ("generators", "reward_workers"):

@@ -2,6 +2,9 @@
 
 import re
 
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses of a command."""
+
 _LONGEST = 1200
 _LEFT_OUT = " ... "
 _LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")

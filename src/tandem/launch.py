@@ -53,8 +53,12 @@ def _start(words: Sequence[str], rank: int, size: int, rendezvous: Path) -> subp
 
 @contextmanager
 def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Within it signals go to the workers; a SIGTERM that they have answered goes on to whoever listened before."""
+    told: list[int] = []
+
     def pass_on(number: int, frame: FrameType | None) -> None:
         del frame
+        told.append(number)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
@@ -65,6 +69,9 @@ def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    handler = before[signal.SIGTERM]
+    if signal.SIGTERM in told and callable(handler):
+        handler(signal.SIGTERM, None)
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:

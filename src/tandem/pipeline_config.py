@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tandem.config import (
     ComputeSection,
     DpoConfig,
     Fraction,
     NonEmpty,
+    ParallelSection,
     PolicySection,
     PpoConfig,
     RewardConfig,
@@ -28,6 +29,11 @@ _FILLED_IN = "filled in by the pipeline"
 
 StageRecipe: TypeAlias = SftConfig | RewardConfig | DpoConfig | PpoConfig
 _KINDS: dict[str, type[StageRecipe]] = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
+
+
+def in_several_processes(recipe: StageRecipe) -> bool:
+    """Whether processes of this machine train together; a cluster starts its own."""
+    return recipe.parallel.processes > 1 and getattr(recipe, "cluster", None) is None
 
 
 def _no_model(_: Any) -> str:
@@ -111,10 +117,11 @@ class PipelineConfig(Section):
     dpo: DpoStage | None = Field(None, description="the aligning stage, in place of ppo")
     run: RunSection = RunSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        problems = list(_impossible(self))
+        problems = list(_impossible(self)) or list(_impossible_with_what_is_shared(self))
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -139,7 +146,7 @@ class PipelineConfig(Section):
     def recipe_of(self, stage: str) -> StageRecipe:
         """A stage's own recipe: what its section says, before what all share, with what the pipeline fills in."""
         own = getattr(self, stage).model_dump(exclude_unset=True)
-        shared = self.model_dump(include={"run", "compute"}, exclude_unset=True)
+        shared = self.model_dump(include={"run", "compute", "parallel"}, exclude_unset=True)
         filled: dict[str, Any] = {"run": {"directory": self.folder_of(stage)}}
         if self.ppo is not None and stage == "ppo":
             filled |= {"policy": {"model": self.start_of(stage)}, "rewards": list(self._rewards(self.ppo))}
@@ -168,6 +175,15 @@ def _impossible(config: PipelineConfig) -> Iterator[str]:
     models = [] if ppo is None else [source.model for source in ppo.rewards if source.model is not None]
     if config.accuracy_floor is not None and not models:
         yield "accuracy_floor has no effect here: there is no reward model; leave it out"
+
+
+def _impossible_with_what_is_shared(config: PipelineConfig) -> Iterator[str]:
+    """What a stage cannot have together with the sections that hold for all of them."""
+    for stage in config.stages:
+        try:
+            config.recipe_of(stage)
+        except ValidationError as error:
+            yield from (f"{stage}: {found['msg'].removeprefix('Value error, ')}" for found in error.errors())
 
 
 def _impossible_rewards(config: PipelineConfig, reward: RewardStage | None, ppo: PpoStage) -> Iterator[str]:

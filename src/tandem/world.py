@@ -225,10 +225,10 @@ def speaks_for_all() -> bool:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Part from the other processes. Groups that a library has made for a process alone stay its own to end."""
     global _world
-    _world = World()
-    if dist.is_initialized():
+    met, _world = not _world.alone, World()
+    if met and dist.is_initialized():
         dist.destroy_process_group()
 
 

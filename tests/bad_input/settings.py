@@ -37,6 +37,11 @@ TABLE = [
     ("ppo", ["--cluster=ray", "--cluster.reward_cpus=2"], "needs reward_workers"),
     ("ppo", ["--cluster=ray", "--cluster.trainer_gpus=1.5"], "trainer_gpus = 1.5", "whole number"),
     ("ppo", ["--cluster=ray", "--cluster.generator_gpus=1", "--compute.device=cpu"], "generator_gpus has no effect"),
+    (
+        "ppo",
+        ["--cluster=ray", "--rollout.generator=vllm", "--rollout.vllm.lora=adapter", "--sharing.mode=adapters"],
+        'rollout.vllm.lora = "adapter" has no effect with a cluster',
+    ),
     ("sft", ["--cluster=ray"], "cluster", "not a known key"),
     # Wrong types.
     ("ppo", ["--policy.lr=fast"], "policy.lr = 'fast'", "valid number"),

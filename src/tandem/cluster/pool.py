@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from tandem.cluster.events import Events
-from tandem.cluster.library import ray
+from tandem.cluster.library import ray, signals_held
 from tandem.errors import RunError
 
 Task = TypeVar("Task", bound="Sized")
@@ -113,8 +113,9 @@ class Pool:
         call = Call(self._calls, tasks, deque(range(len(tasks))))
         while len(call.answers) < len(tasks):
             check()
-            self._hand_out(call, ask)
-            self._collect(call)
+            with signals_held():
+                self._hand_out(call, ask)
+                self._collect(call)
         return [call.answers[number] for number in range(len(tasks))]
 
     def _hand_out(self, call: Call[Task], ask: Callable[[Any, Task], Any]) -> None:

@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from tandem.cluster.library import ray
+from tandem.cluster.library import ray, signals_held
 
 _BUCKET_BYTES = 2**26
 
@@ -35,7 +35,11 @@ class Sent:
 
 def send(weights: Iterable[tuple[str, Tensor]], number: int) -> Sent:
     """Put weights into the object store; of a model that is larger than memory allows twice, a bucket at a time."""
-    return Sent(number, [ray().put(bucket) for bucket in buckets(weights)])
+    references = []
+    for bucket in buckets(weights):
+        with signals_held():
+            references.append(ray().put(bucket))
+    return Sent(number, references)
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[Packed]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tandem.errors import InputError
 
-_NAME = ".lock"
+NAME = ".lock"
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def claimed(path: Path) -> Iterator[None]:
     """
     made = _make(path)
     try:
-        handle = _take(path / _NAME)
+        handle = _take(path / NAME)
         try:
             yield
         finally:
@@ -99,8 +99,8 @@ def _holder(path: Path) -> str:
 
 def _leave_no_trace(path: Path, made: list[Path]) -> None:
     """Take away what was made for a run that was refused before it left anything."""
-    if path in made and [entry.name for entry in path.iterdir()] == [_NAME]:
-        (path / _NAME).unlink()
+    if path in made and [entry.name for entry in path.iterdir()] == [NAME]:
+        (path / NAME).unlink()
         for folder in made:
             try:
                 folder.rmdir()

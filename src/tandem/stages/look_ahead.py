@@ -15,10 +15,10 @@ from tandem.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from tandem.data.examples import as_read, as_written, read_examples, read_pairs
 from tandem.data.prompts import split_prompts
 from tandem.errors import InputError
-from tandem.models.loading import load_tokenizer
+from tandem.models.loading import check_device, load_tokenizer
 from tandem.models.sharing import Placement
 from tandem.models.source import check_length, read_config
-from tandem.pipeline_config import PipelineConfig
+from tandem.pipeline_config import PipelineConfig, in_several_processes
 from tandem.rewards.function import load_function
 from tandem.stages.joint_setup import check_context, check_models
 
@@ -30,6 +30,8 @@ def look_ahead(config: PipelineConfig, stages: Sequence[str]) -> None:
     for stage in stages:
         recipe = config.recipe_of(stage)
         with of_stage(stage):
+            if in_several_processes(recipe):
+                check_device(recipe.compute.device, recipe.parallel.processes)
             if isinstance(recipe, PpoConfig):
                 _look_at_joint(recipe, config, tokenizer)
             else:

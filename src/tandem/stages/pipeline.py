@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from typing import Any, Self
 
 import tomli_w
 
-from tandem.errors import InputError, Interrupted, RunError
+from tandem.errors import DONE, INTERRUPTED, REFUSED, InputError, Interrupted, RunError
+from tandem.launch import run_together
 from tandem.models.loading import pick_device
-from tandem.pipeline_config import PipelineConfig, StageRecipe
-from tandem.recipe import RECORD, is_finished, read_record
+from tandem.pipeline_config import PipelineConfig, StageRecipe, in_several_processes
+from tandem.recipe import RECORD, is_finished, read_record, without_none
 from tandem.run import Progress
 from tandem.run.disk import write_json, write_whole, writing
 from tandem.run.lock import claimed
@@ -34,6 +36,7 @@ from tandem.stages.reward import run_reward
 from tandem.stages.sft import run_sft
 from tandem.view import reported
 from tandem.view.outcome import reached
+from tandem.world import settle
 
 _RUN: Mapping[str, Callable[..., dict[str, Any]]] = {
     "sft": run_sft,
@@ -44,6 +47,7 @@ _RUN: Mapping[str, Callable[..., dict[str, Any]]] = {
 # Settings of how a stage is computed, watched and saved: what it learns is the same with others.
 _ANY_WILL_DO = (
     "compute.",
+    "parallel.",
     "run.trackers",
     "run.grace_seconds",
     "run.max_faults_in_a_row",
@@ -180,14 +184,43 @@ def run_stage(stage: str, config: PipelineConfig, path: Path, progress: Progress
     """
     recipe, folder, standing = config.recipe_of(stage), path / stage, Standing.of(stage, config)
     if standing.stands:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = summary_of(folder)
         progress.say(f"{stage} is finished: {reached(summary)}")
         return summary
     if standing.begun and not standing.goes_on:
         kept = set_aside(folder)
         progress.say(f"{stage} is done again ({standing.changes()}); what there was is kept as {kept}")
+    if in_several_processes(recipe):
+        with of_stage(stage, path):
+            return run_in_processes(stage, recipe, path, resume=standing.goes_on)
+    settle(recipe.parallel.activation_checkpointing)
     with of_stage(stage, path), memory_limits(f"tandem {stage}", lambda: steps_in(folder), training_knobs(recipe)):
         return _RUN[stage](recipe, progress, resume=standing.goes_on)
+
+
+def run_in_processes(stage: str, recipe: StageRecipe, path: Path, *, resume: bool) -> dict[str, Any]:
+    """The stage by its own command, whose processes say themselves how they fare; what a summary tells of it.
+
+    Raises InputError, RunError and Interrupted as the stage does in this process.
+    """
+    folder = path / stage
+    with tempfile.TemporaryDirectory(prefix="tandem-") as scratch:
+        given = Path(scratch) / f"{stage}.toml"
+        given.write_text(tomli_w.dumps(without_none(recipe.model_dump(exclude_unset=True))), encoding="utf-8")
+        words = [stage, str(given), *(["--resume", str(folder)] if resume else [])]
+        status = run_together(words, recipe.parallel.processes)
+    if status == REFUSED:
+        raise InputError("it was refused for the reason above.")
+    if status not in (DONE, INTERRUPTED):
+        raise RunError(f"{stage} failed for the reason above. {way_on(path)}")
+    if status == INTERRUPTED and (is_finished(folder) or not (folder / "summary.json").exists()):
+        raise Interrupted(f"{stage} was stopped. {way_on(path)}")
+    return summary_of(folder)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def told_otherwise(recipe: StageRecipe, folder: Path, config: PipelineConfig) -> list[Changed]:

@@ -32,8 +32,7 @@ def begun(path: Path, stage: str, config: Recipe, resume: bool, progress: Progre
     if config.parallel.processes != world().size:
         raise InputError(
             f"parallel.processes = {config.parallel.processes}, and this is one process of {world().size}; start it by "
-            f"tandem {stage} --processes {config.parallel.processes}, or leave parallel.processes out (a pipeline's "
-            "stages run in one process)."
+            f"tandem {stage} --processes {config.parallel.processes}, or leave parallel.processes out."
         )
     with ExitStack() as held:
 
