@@ -18,6 +18,7 @@ from tandem.models.loading import load_causal
 from tandem.models.trunk import Trunk
 from tandem.run.folder import read_metrics
 from tandem.stages.compilation import compiles
+from tandem.types import whole_texts
 from test_commands import EXACT, ppo_words, prompt_file, refused, with_function
 from test_resume import self_ending_reward
 
@@ -67,12 +68,26 @@ def test_layers_that_cannot_be_compiled_stay_as_they_are(tiny, tmp_path, capsys,
     torch.compiler.reset()
 
 
-def test_what_was_compiled_can_be_undone(tiny):
-    policy = in_float32(tiny())
-    compiled = CompiledLayers(policy.trunk.layers)
-    assert all("forward" in vars(layer) for layer in policy.trunk.layers)
-    compiled.undo()
-    assert all("forward" not in vars(layer) for layer in policy.trunk.layers)
+@needs_compiler
+def test_two_losses_may_ask_one_compiled_pass_for_gradients(tiny):
+    """As a value head on the policy's trunk does; and what was compiled can be undone."""
+    trunk = in_float32(tiny()).trunk
+    texts = whole_texts([[row + place for place in range(9)] for row in range(3)])
+    chance = torch.Generator()
+    weights = list(trunk.layers.requires_grad_(True).parameters())
+
+    def gradients():
+        hidden = trunk.hidden(texts)
+        one, other = ((hidden * torch.randn(hidden.shape, generator=chance.manual_seed(n))).sum() for n in range(2))
+        return [*torch.autograd.grad(one, weights, retain_graph=True), *torch.autograd.grad(other, weights)]
+
+    plain = gradients()
+    layers = CompiledLayers(trunk.layers)
+    assert all("forward" in vars(layer) for layer in trunk.layers)
+    for found, expected in zip(gradients(), plain, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    layers.undo()
+    assert all("forward" not in vars(layer) for layer in trunk.layers)
 
 
 def test_only_a_long_run_compiles_by_itself(tiny):
