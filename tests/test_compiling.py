@@ -57,14 +57,14 @@ def test_a_compiled_run_is_the_run_and_goes_on_exactly(tiny, tmp_path, capsys):
 def test_layers_that_cannot_be_compiled_stay_as_they_are(tiny, tmp_path, capsys, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "false"))
     words = [*ppo_words(tmp_path, tiny(), *with_function(tmp_path), EXACT)]
     capsys.readouterr()
-    said = refused(capsys, [*words, COMPILED])
-    assert "layers cannot be compiled" in said
-    monkeypatch.setattr("tandem.stages.compilation._EARNS_IT_BACK", 1)
-    assert main(words) == 0
-    assert "the layers are not compiled" in capsys.readouterr().out
+    with torch._inductor.config.patch({"cpp.cxx": (None, "false")}):
+        said = refused(capsys, [*words, COMPILED])
+        assert "layers cannot be compiled" in said
+        monkeypatch.setattr("tandem.stages.compilation._EARNS_IT_BACK", 1)
+        assert main(words) == 0
+        assert "the layers are not compiled" in capsys.readouterr().out
     torch.compiler.reset()
 
 
