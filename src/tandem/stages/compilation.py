@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,8 +83,9 @@ def compile_models(
         for layers in compiled:
             layers.undo()
         _cannot(config, error, progress)
-    for layers in compiled:
-        layers.settle()
+    else:
+        for layers in compiled:
+            layers.settle()
 
 
 def _cannot(config: PpoConfig, error: Exception, progress: Progress) -> None:
@@ -129,20 +129,25 @@ def _learn(trunk: Trunk, adapter: str | None, texts: Tokens) -> None:
 
 
 def _sample(policy: CausalPolicy, ids: Tensor) -> None:
-    """Two tokens after prompts, all of one length and of different ones; a row leaves between them, as rows do."""
-    rows, length = len(ids), ids.shape[1] // 2
+    """After prompts that are all of one length, and after some that are not."""
     padded = torch.ones_like(ids)
-    padded[: rows // 2, 0] = 0
+    padded[: len(ids) // 2, 0] = 0
     with policy.gathered():
-        for mask in (None, padded):
-            cache = policy.new_cache(ids.shape[1])
+        _two_tokens(policy, ids, None)
+        _two_tokens(policy, ids, padded)
 
-            def read(staying: int, first: int, end: int, mask: Tensor | None = mask, cache: Any = cache) -> None:
-                places = torch.arange(first, end, device=ids.device).expand(staying, -1)
-                seen = None if mask is None else mask[:staying, :end]
-                policy.next_logits(ids[:staying, first:end], seen, places, cache)
 
-            read(rows, 0, length)
-            read(rows, length, length + 1)
-            cache.batch_select_indices(torch.arange(rows - 1, device=ids.device))
-            read(rows - 1, length + 1, length + 2)
+def _two_tokens(policy: CausalPolicy, ids: Tensor, mask: Tensor | None) -> None:
+    """Two tokens after prompts; a row leaves between them, as rows do."""
+    rows, length = len(ids), ids.shape[1] // 2
+    cache = policy.new_cache(ids.shape[1])
+
+    def read(staying: int, first: int, end: int) -> None:
+        places = torch.arange(first, end, device=ids.device).expand(staying, -1)
+        seen = None if mask is None else mask[:staying, :end]
+        policy.next_logits(ids[:staying, first:end], seen, places, cache)
+
+    read(rows, 0, length)
+    read(rows, length, length + 1)
+    cache.batch_select_indices(torch.arange(rows - 1, device=ids.device))
+    read(rows - 1, length + 1, length + 2)
