@@ -13,7 +13,7 @@ BENCH ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: help demo demo-seeds oracles calibrate ablation-stories ablation-demo study faults fuzz streaming bench plan-check \
-	plan-curves screenshots cluster-faults test test-vllm test-ray lint format examples clean
+	plan-curves screenshots cluster-faults test test-long test-vllm test-ray lint format examples clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -74,7 +74,10 @@ bench: .venv/ready .venv-trl/ready ## speed against TRL 1.12 and transformers: d
 	$(BIN)/tandem bench --growth --out docs --trl-python .venv-trl/bin/python $(BENCH)
 
 test: .venv/ready ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: .venv/ready ## the longest tests: pipelines and processes that end and go on, compiled layers, an oracle
+	$(BIN)/python -m pytest -m long
 
 .venv-ray/ready: pyproject.toml constraints.txt scripts/install.sh
 	PYTHON=$(PYTHON) sh scripts/install.sh .venv-ray demo,dev,ray

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from tiny import save_tiny
 
 torch.set_num_threads(1)
+# Models are saved by tests that then read what a command says.
+transformers.logging.disable_progress_bar()
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma2", "gemma3")
 SHARED = Path(__file__).parents[2] / "shared"

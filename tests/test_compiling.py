@@ -31,6 +31,7 @@ def in_float32(path) -> CausalPolicy:
     return CausalPolicy(Trunk(load_causal(str(path), "model", torch.float32, torch.device("cpu"))), FULL_DISTRIBUTION)
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_compiled_run_is_the_run_and_goes_on_exactly(tiny, tmp_path, capsys):
     """What goes on does so in another process; its responses end at different lengths, so rows leave the batch."""

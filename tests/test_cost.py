@@ -204,6 +204,7 @@ def test_freed_memory_is_used_again():
     assert int(said) < 10
 
 
+@pytest.mark.long
 def test_the_bench_command_times_a_model_of_ones_own(tiny, tmp_path, capsys):
     words = ["bench", "--model", str(tiny()), "--only", "decoding", "--rounds", "1", "--steps", "1"]
     assert main([*words, "--threads", "1", "--out", str(tmp_path)]) == 0

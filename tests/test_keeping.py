@@ -45,7 +45,7 @@ def test_work_that_can_be_done_again_is_given_up_at_once():
 
 
 def test_other_work_may_end_within_the_grace_and_is_given_up_after_it():
-    with Signals(grace_seconds=0.3) as signals:
+    with Signals(grace_seconds=1) as signals:
         receive(signal.SIGTERM, 0.05)
         assert signals.terminating
         started = time.monotonic()
@@ -69,6 +69,30 @@ def test_first_interrupt_asks_and_the_second_stops():
         assert not signals.terminating
         with pytest.raises(KeyboardInterrupt):
             receive(signal.SIGINT, 1)
+
+
+class InterruptedTalk:
+    """Two processes, both of which a SIGTERM reaches while they tell each other for the first time."""
+
+    alone = False
+
+    def __init__(self) -> None:
+        self.talks = 0
+
+    def gather(self, part):
+        self.talks += 1
+        if self.talks == 1:
+            receive(signal.SIGTERM, 0.01)
+        return [part, part]
+
+
+def test_what_comes_while_processes_agree_is_kept_for_the_next_time(monkeypatch):
+    talk = InterruptedTalk()
+    monkeypatch.setattr("tandem.run.signals.world", lambda: talk)
+    with pytest.raises(Terminated), Signals(grace_seconds=60) as signals:
+        assert not signals.agreed()
+        assert signals.agreed()
+        signals.end_if_terminating()
 
 
 def snapshot(step: int, weight: torch.Tensor) -> Snapshot:

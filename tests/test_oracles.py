@@ -250,6 +250,7 @@ def test_wrong_settings_are_seen_to_fail(name, least):
     assert trained(TREE_ROWS, name, steps=80, episodes=512).gap > least
 
 
+@pytest.mark.long
 def test_a_biased_value_start_collapses_and_its_remedies_bring_it_back():
     steps, episodes = 60, 256
     default = trained(COUNTER_ROWS, "default", steps, episodes)
@@ -271,6 +272,7 @@ def test_fitted_rewards_come_nearer_with_more_pairs_and_few_pairs_are_overoptimi
     assert lost[0] > 3 * lost[1]
 
 
+@pytest.mark.long
 def test_training_under_a_fitted_reward_ends_on_the_exact_curve(task):
     fitted = fit_reward(task, *draw_pairs(task, 2**12, seed=0))
     found = trained_point(task, fitted, beta=0.5, seed=0, steps=150)

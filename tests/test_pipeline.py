@@ -227,6 +227,7 @@ def test_the_report_tells_of_the_whole(whole, capsys):
 ENDS = {"sft": signal.SIGTERM, "reward": signal.SIGKILL, "ppo": signal.SIGTERM}
 
 
+@pytest.mark.long
 def test_a_pipeline_that_is_ended_in_each_stage_goes_on_exactly(whole, tiny, tmp_path):
     cut = tmp_path / "cut"
     start = words_of(tiny(), whole.parent, cut, *(f"--{stage}.checkpoints.every_steps=1" for stage in ENDS))
@@ -330,6 +331,7 @@ def test_dpo_in_place_of_reward_model_and_ppo(tiny, tmp_path):
     AutoTokenizer.from_pretrained(summary["model"])
 
 
+@pytest.mark.long
 def test_a_stage_in_two_processes_is_that_of_one_and_goes_on(tiny, tmp_path, capfd):
     dropped = ("--ppo", "--reward", "--run.directory", "--samples", "--sft.epochs", "--sft.optimizer")
     words = [word for word in words_of(tiny(), tmp_path, tmp_path) if not word.startswith(dropped)]

@@ -206,6 +206,7 @@ def assert_all_is_saved(run: Path) -> None:
     assert newest == f"step_{len(read_metrics(run)):06d}"
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_another_number_of_processes(tiny, tmp_path):
     def words(name: str, steps: int) -> list[str]:
         options = [*SHARING["separate"], f"--steps={steps}", "--checkpoints.every_steps=2"]
@@ -272,6 +273,7 @@ def has_network_of_its_own() -> bool:
         return False
 
 
+@pytest.mark.long
 def test_torchrun_gives_what_one_process_gives(tiny, tmp_path):
     if not has_network_of_its_own():
         pytest.skip("no process can be given a network of its own here")

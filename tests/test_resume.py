@@ -126,15 +126,23 @@ def test_killed_runs_go_on_exactly(tiny, tmp_path):
     assert [row["step"] for row in read_metrics(cut)] == list(range(1, 41))
 
 
-@pytest.fixture
-def cut_run(tiny, tmp_path):
-    """A joint run that was ended after its sixth step, with checkpoints of several steps."""
-    function, _ = self_ending_reward(tmp_path, 8)
-    words = [*ppo_words(tmp_path, tiny(), f"--rewards.0.function={function}", "--value.start=policy"), "--steps=8"]
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A joint run that was ended after its sixth step, with checkpoints of several steps, and the same run whole."""
+    folder = tmp_path_factory.mktemp("made")
+    function, _ = self_ending_reward(folder, 8)
+    words = [*ppo_words(folder, tiny(), f"--rewards.0.function={function}", "--value.start=policy"), "--steps=8"]
     words += ["--checkpoints.every_steps=1", "--checkpoints.keep=3", "--policy.lr=0.001"]
     assert main(words) == 130
-    assert main([*words, f"--run.directory={tmp_path / 'whole'}"]) == 0
-    return tmp_path / "ppo"
+    assert main([*words, f"--run.directory={folder / 'whole'}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def cut_run(made, tmp_path):
+    """A test's own copy of the run that was ended; the whole one lies beside it."""
+    shutil.copytree(made / "whole", tmp_path / "whole")
+    return shutil.copytree(made / "ppo", tmp_path / "ppo")
 
 
 @pytest.mark.parametrize("harm", ["a bit", "cut off", "no tensors", "no manifest", "state"])
@@ -168,7 +176,7 @@ def test_all_checkpoints_damaged_begins_again(cut_run, tmp_path, capsys):
     assert differences(cut_run, tmp_path / "whole") == []
 
 
-def test_what_cannot_be_resumed_is_refused(cut_run, tiny, tmp_path, capsys):
+def test_what_cannot_be_resumed_is_refused(cut_run, made, tiny, tmp_path, capsys):
     run = str(cut_run)
     assert "--resume needs the folder" in refused(capsys, ["ppo", "--resume"])
     assert "holds no run" in refused(capsys, ["ppo", "--resume", str(tmp_path)])
@@ -180,7 +188,7 @@ def test_what_cannot_be_resumed_is_refused(cut_run, tiny, tmp_path, capsys):
     assert "go on with the recipe" in refused(capsys, ["ppo", "--resume", run, "--sharing.mode=adapters"])
     assert "6 steps are done" in refused(capsys, ["ppo", "--resume", run, "--steps=3"])
     assert 'mode = "separate"' in (cut_run / "config.toml").read_text()
-    prompts = tmp_path / "prompts.jsonl"
+    prompts = made / "prompts.jsonl"
     before = prompts.read_text()
     prompts.write_text(before.replace("the", "a", 1))
     assert "data.prompts" in refused(capsys, ["ppo", "--resume", run])

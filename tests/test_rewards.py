@@ -161,12 +161,12 @@ def test_a_function_that_hangs_is_stopped(hang):
         return lengths(responses)
 
     started = time.monotonic()
-    found = score(function, on_error="skip", timeout_seconds=0.1)
+    found = score(function, on_error="skip", timeout_seconds=0.3)
     assert found.missing == {1}
     assert found.final[found.scored].tolist() == [3.0, 5.0, 4.0]
-    with pytest.raises(RewardError, match=r"did not answer within 0.1 s at .*test_rewards.py:\d+ .*'two'"):
-        score(function, timeout_seconds=0.1)
-    assert time.monotonic() - started < 5
+    with pytest.raises(RewardError, match=r"did not answer within 0.3 s at .*test_rewards.py:\d+ .*'two'"):
+        score(function, timeout_seconds=0.3)
+    assert time.monotonic() - started < 20
 
 
 def test_an_answer_that_comes_after_the_limit_does_not_count():
@@ -198,14 +198,14 @@ def test_the_limit_leaves_other_timers_alone():
     of_limit = signal.getsignal(signal.SIGVTALRM)
 
     def function(_, responses, *__):
-        time.sleep(0.3)
+        time.sleep(1.0)
         return lengths(responses)
 
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         started = time.monotonic()
         assert score(function, timeout_seconds=30.0).final.tolist() == [3.0, 3.0, 5.0, 4.0]
-        assert rang[0] - started < 0.25
+        assert rang[0] - started < 0.9
         signal.setitimer(signal.ITIMER_REAL, 50.0)
         with pytest.raises(RewardError):
             score(function, timeout_seconds=0.1)

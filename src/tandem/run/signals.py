@@ -71,25 +71,33 @@ class Signals:
 
     def agreed(self) -> bool:
         """Between two steps: whether an end was asked for, of this process or of one that trains with it."""
-        asked = world().gather((self.requested, self.terminating))
-        self.requested, self.terminating = (any(flags) for flags in zip(*asked, strict=True))
-        return self.requested
+        requested, _ = self._asked_of_any()
+        return requested
 
     def end_if_terminating(self) -> None:
         """Between two pieces of work: raises Terminated where SIGTERM has come, to any that trains with this one."""
-        if not world().alone:
-            self.agreed()
-        if self.terminating:
+        _, terminating = self._asked_of_any()
+        if terminating:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise Terminated
+
+    def _asked_of_any(self) -> tuple[bool, bool]:
+        """What was asked before all told each other; what comes while they do is kept for the next time."""
+        told = world().gather((self.requested, self.terminating))
+        requested, terminating = (any(flags) for flags in zip(*told, strict=True))
+        if requested:
+            self.requested = True
+        if terminating:
+            self.terminating = True
+        return requested, terminating
 
     @contextmanager
     def may_give_up(self) -> Iterator[None]:
         """Work that leaves no trace until it ends, so that it can be given up at any moment."""
-        if world().alone:
-            self.end_if_terminating()
         self._may_give_up = world().alone
         try:
+            if world().alone:
+                self.end_if_terminating()
             yield
         finally:
             self._may_give_up = False
