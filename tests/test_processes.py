@@ -155,6 +155,7 @@ def test_two_processes_are_as_one(tiny, tmp_path):
     small = "--compute.tokens_per_microbatch=40"
     commands = {stage: [*data_words(tmp_path, stage, tiny()), small] for stage in ("sft", "reward", "dpo")}
     commands |= {name: joint_words(tmp_path, tiny(), options) for name, options in SHARING.items()}
+    commands["ahead"] = joint_words(tmp_path, tiny(), [*SHARING["adapters"], "--rollout.staleness=1"])
     commands |= {f"streamed {stage}": [*commands[stage], *STREAMED] for stage in ("sft", "dpo")}
     commands["bfloat16"] = [*commands["sft"], "--compute.precision=bfloat16"]
 

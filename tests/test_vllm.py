@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tandem.run.folder import read_metrics
 from tandem.stages.sampling import send_weights
 from test_commands import ppo_words, prompt_file, refused
 from test_generator import PROMPTS, recomputed
+from test_processes import assert_same
 from test_resume import self_ending_reward
 
 
@@ -84,6 +87,50 @@ def test_a_run_logs_its_mismatch_and_goes_on_exactly(tiny, tmp_path, staleness):
     assert [row["rollout/staleness"] for row in rows] == [0, *[staleness] * 4]
     assert max(row["rollout/logprob_mismatch_max"] for row in (rows[:1] if staleness else rows)) < 1e-4
     assert all(row["time/weight_sync"] > 0 for row in rows[:-1])
+
+
+IN_PARTS = 1e-4
+"""An engine in parts adds up in another order, and Adam's first steps are as long for a small gradient as for a large
+one."""
+IN_PROCESSES = {
+    "an engine each": [],
+    "one update behind": ["--rollout.staleness=1"],
+    "an engine of both": ["--rollout.vllm.tensor_parallel=2"],
+    "adapters over a base of both": [
+        *("--sharing.mode=adapters", "--adapters.rank=4", "--rollout.vllm.lora=adapter"),
+        "--rollout.vllm.tensor_parallel=2",
+    ],
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize("options", IN_PROCESSES.values(), ids=IN_PROCESSES)
+def test_two_processes_are_as_one(tiny, tmp_path, options):
+    function, marker = self_ending_reward(tmp_path, 1)
+    marker.touch()
+    words = ppo_words(tmp_path, tiny("llama-wide"), f"--rewards.0.function={function}", "--value.start=policy")
+    words += [f"--data.eval_prompts={prompt_file(tmp_path)}", "--eval_every=2", "--steps=3", "--policy.lr=0.001"]
+    words += ["--rollout.generator=vllm", "--rollout.vllm.kv_cache_gib=0.1", "--compute.precision=float32", *options]
+    in_one = [word for word in words if "tensor_parallel" not in word]
+    assert main([*in_one, f"--run.directory={tmp_path / 'one'}"]) == 0
+    command = [sys.executable, "-m", "tandem", *words, "--processes=2", f"--run.directory={tmp_path / 'two'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert_same(tmp_path / "one", tmp_path / "two", IN_PARTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--processes=2", "--rollout.vllm.tensor_parallel=3"], "must divide parallel.processes = 2"),
+        (["--cluster=ray", "--rollout.vllm.tensor_parallel=2"], "over a cluster each generator is one process"),
+    ],
+)
+def test_engines_that_cannot_be_shared_are_refused(tiny, tmp_path, capsys, options, said):
+    words = ppo_words(tmp_path, tiny(), "--rewards.0.function=none:none", "--value.start=policy")
+    capsys.readouterr()
+    assert said in refused(capsys, [*words, "--rollout.generator=vllm", *options])
 
 
 @needs_vllm

@@ -394,6 +394,9 @@ class VllmSection(Section):
         None, description="compile the model and record CUDA graphs (if unset: on a GPU); costs time at the start"
     )
     sleep: bool = Field(True, description="give a GPU's memory back while the models train (staleness 0 only)")
+    tensor_parallel: Count = Field(
+        1, description="of parallel.processes, how many share one engine, each with a part of its weights"
+    )
 
 
 Gather = Literal["auto", "model", "layer"]

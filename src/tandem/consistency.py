@@ -26,7 +26,7 @@ def impossible(config: PpoConfig) -> Iterator[str]:
     """What a joint recipe cannot have together, each with what to do instead."""
     yield from too_many_processes(config.parallel, "policy.", config.policy.sequences_per_minibatch, "sequences")
     yield from too_many_processes(config.parallel, "value.", config.value.sequences_per_minibatch, "sequences")
-    yield from not_in_several_processes(config)
+    yield from impossible_engines(config)
     yield from not_compiled_in_several_processes(config)
     policy, value, advantage, score = config.policy, config.value, config.advantage, config.score
     head = config.sharing.mode == "head"
@@ -153,20 +153,19 @@ def too_many_processes(parallel: ParallelSection, section: str, rows: int, kind:
         )
 
 
-def not_in_several_processes(config: PpoConfig) -> Iterator[str]:
-    """A generator with weights of its own is sent them by one process, unless it is a worker of a cluster."""
-    if config.cluster is not None:
-        return
-    for name, value, alone in (
-        ("generator", config.rollout.generator, "torch"),
-        ("staleness", config.rollout.staleness, 0),
-    ):
-        if config.parallel.processes > 1 and value != alone:
-            yield (
-                f"rollout.{name} = {value!r} goes with one process, and parallel.processes is "
-                f"{config.parallel.processes}; set parallel.processes = 1 or rollout.{name} = {alone!r}, or let "
-                "generators sample over a cluster (docs/cluster.md)"
-            )
+def impossible_engines(config: PpoConfig) -> Iterator[str]:
+    """vLLM engines that several processes share are made of those that train."""
+    share = 1 if config.rollout.vllm is None else config.rollout.vllm.tensor_parallel
+    if share > 1 and config.cluster is not None:
+        yield (
+            f"rollout.vllm.tensor_parallel = {share}, and over a cluster each generator is one process; leave one of "
+            "the two out"
+        )
+    elif config.parallel.processes % share:
+        yield (
+            f"rollout.vllm.tensor_parallel = {share} must divide parallel.processes = {config.parallel.processes}, "
+            "the processes that share engines"
+        )
 
 
 def not_compiled_in_several_processes(config: PpoConfig) -> Iterator[str]:

@@ -117,16 +117,20 @@ class CausalPolicy:
         return self.trunk.merged_weights(self.adapter)
 
     def own_copy(self) -> CausalPolicy:
-        """The same policy on weights of its own, any adapter folded in; `load_weights` brings it up to date."""
+        """The same policy on weights of its own, any adapter folded in; `load_weights` brings it up to date.
+
+        Of several processes that train together each has the whole copy; all must ask for it then.
+        """
         with torch.random.fork_rng(devices=[]):
             model = type(self._model)(self._model.config)
         model = model.to(device=self.device, dtype=self._model.dtype).eval().requires_grad_(False)
-        model.load_state_dict(dict(self.weights()))
         # What is computed and not saved, such as rotary frequencies, is finer than the weights may be.
         for name, buffer in model.named_buffers():
             buffer.data = self._model.get_buffer(name).detach().clone()
         model.generation_config = self._model.generation_config
-        return CausalPolicy(Trunk(model), self.rule)
+        copy = CausalPolicy(Trunk(model, whole=True), self.rule)
+        copy.load_weights(self.weights())
+        return copy
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

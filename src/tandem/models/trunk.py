@@ -35,11 +35,11 @@ class Trunk:
     """Hidden states of a Hugging Face causal decoder.
 
     `model` is the whole model, head included; only its decoder is used here. Where several processes train together
-    its weights are cut over them; the weights of adapters, which are small, every process has whole. A model without
-    weights, on the meta device, is given them by `read` once it is cut.
+    its weights are cut over them, unless each is to have it `whole`; the weights of adapters, which are small, every
+    process has whole. A model without weights, on the meta device, is given them by `read` once it is cut.
     """
 
-    def __init__(self, model: PreTrainedModel, read: Callable[[], None] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, read: Callable[[], None] | None = None, *, whole: bool = False) -> None:
         self.model = model
         self.decoder: Any = model.base_model
         self._parent, self._blocks_name, self._blocks = _blocks_of(
@@ -53,7 +53,7 @@ class Trunk:
         if world().checkpointing:
             for block in self._blocks:
                 block.forward = self._computed_again(block.forward)
-        self._whole = None if world().alone else shard(model, self._blocks, world())
+        self._whole = None if whole or world().alone else shard(model, self._blocks, world())
         if read is not None:
             read()
         attend_by_device(model)
@@ -68,6 +68,11 @@ class Trunk:
     def layers(self) -> nn.ModuleList:
         """The decoder's layers, from the lowest up."""
         return self._blocks
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the weights are cut over several processes."""
+        return self._whole is not None
 
     def run(self, work: Callable[[], Found]) -> Found:
         """Do what reads the model's weights: everything that calls the decoder or its head does it within."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from tandem.algo import sample
 from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
-from tandem.world import world
+from tandem.world import World, world
 
 
 class NextToken(Protocol):
@@ -57,7 +57,8 @@ class TorchGenerator:
     response's text; `stop_ids` end a response.
 
     Random numbers are drawn for all rows and their longest responses beforehand, so that what a row samples depends
-    neither on which rows it decodes with nor on which process decodes it: each takes its share of the rows.
+    neither on which rows it decodes with nor on which process decodes it: each of `together`, which are those that
+    train together unless others are given, takes its share of the rows.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class TorchGenerator:
         sequences_per_batch: int,
         random: torch.Generator,
         load: Callable[[Iterable[tuple[str, Tensor]]], None] | None = None,
+        together: World | None = None,
     ) -> None:
         self._policy = policy
         self._decode = decode
@@ -78,6 +80,7 @@ class TorchGenerator:
         self._sequences_per_batch = sequences_per_batch
         self._random = random
         self._load = load
+        self._together = together or world()
         self._stopping = Stopping()
         self.version = 0
 
@@ -101,10 +104,12 @@ class TorchGenerator:
         uniform = uniform.to(self._policy.device)
         answers: dict[int, Rollout] = {}
         with self._policy.gathered():
-            for indices in groups_by_length(prompts, self._sequences_per_batch, world().rank, world().size):
+            for indices in groups_by_length(
+                prompts, self._sequences_per_batch, self._together.rank, self._together.size
+            ):
                 rollouts = self._generate_together([prompts[index] for index in indices], uniform[indices])
                 answers |= dict(zip(indices, rollouts, strict=True))
-        answers = {index: answer for part in world().gather(answers) for index, answer in part.items()}
+        answers = {index: answer for part in self._together.gather(answers) for index, answer in part.items()}
         return [answers[index] for index in range(len(prompts))]
 
     def _generate_together(self, prompts: Sequence[Prompt], uniform: Tensor) -> list[Rollout]:

@@ -1,5 +1,8 @@
 """Sampling by vLLM: an engine in this process, beside the trainer, with weights of its own that are renewed in place.
 
+Of several processes that train together each has an engine, or several have one, each with a part of its weights. Then
+vLLM's own processes are these, in groups of its own among them.
+
 vLLM is imported once an engine is made, so that everything else works where it is not installed.
 """
 
@@ -10,6 +13,7 @@ import importlib.util
 import os
 import random
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,20 +29,25 @@ from tandem.config import SamplingSection, VllmSection
 from tandem.errors import InputError, reason_of
 from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
+from tandem.world import World, world
 
-# In process; nothing is reported home or listened for elsewhere; the trainer's threads stay where they are.
+# In process; nothing is reported home or listened for elsewhere; the trainer's threads stay where they are. What engines
+# of several processes share is cleared away by Python's tracker when they end, which need not tell of it.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "CRITICAL",
+    "PYTHONWARNINGS": "ignore:::multiprocessing.resource_tracker",
 }
 # What an engine takes is said in bytes. vLLM also wants a share of a GPU to be free before it starts: by default most,
 # and the models that train are there already.
 _SHARE_FREE_AT_START = 0.01
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _ADAPTER = "policy"
+_KEPT: list[Any] = []
+"""Engines of processes that train together. One that is collected ends the group that all of them talk in."""
 
 
 def check_installed() -> None:
@@ -56,7 +65,8 @@ class VllmEngine:
     `config` is the model's configuration, a transformers PreTrainedConfig: the weights come by `load_weights`, before
     the first response. `context` is the longest prompt and response together. `rank` is that of the LoRA adapter that
     `load_adapter` will bring, where the policy is sent as one. With `sleeps`, a GPU's memory is given back after every
-    `generate`, until the next weights come.
+    `generate`, until the next weights come. Of `settings.tensor_parallel` processes that train together each has a part
+    of the weights: they are asked for the same at the same time, and all of them hear the answers.
 
     Raises InputError where vLLM is not installed, or cannot serve this model on this device.
     """
@@ -75,6 +85,7 @@ class VllmEngine:
     ) -> None:
         check_installed()
         self.sampling = sampling
+        self.tensor_parallel = settings.tensor_parallel
         on_gpu = device.type == "cuda"
         self._sleeps = sleeps and on_gpu
         self._asleep = False
@@ -87,7 +98,12 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         # An engine takes its process groups along where it is collected, and a later engine's with them.
         gc.collect()
-        with process_untouched(), _refused(), warnings.catch_warnings():
+        with (
+            process_untouched(),
+            _refused(),
+            warnings.catch_warnings(),
+            _shared(self.tensor_parallel, on_gpu) as shared,
+        ):
             warnings.simplefilter("ignore", FutureWarning)
             import vllm
 
@@ -107,7 +123,10 @@ class VllmEngine:
                 enable_sleep_mode=self._sleeps,
                 disable_log_stats=True,
                 **lora,
+                **shared,
             )
+            if not world().alone:
+                _KEPT.append(self._llm)
             self._answers([(0,)], [0], stop_ids=[], limit=1, stopping=Stopping())
         self._rest()
 
@@ -203,7 +222,8 @@ class VllmGenerator:
     """Samples from the weights that were last sent to an engine, which generators with other random states can share.
 
     `decode` turns a prompt's and a response's ids into the response's text; `stop_ids` end a response. Each response
-    has a seed of its own, drawn from `random`.
+    has a seed of its own, drawn from `random`. Of `together`, the processes that train together unless others are
+    given, each engine answers its share of the prompts.
     """
 
     def __init__(
@@ -212,11 +232,13 @@ class VllmGenerator:
         decode: Callable[[Sequence[int], Sequence[int]], str],
         stop_ids: Iterable[int],
         random: torch.Generator,
+        together: World | None = None,
     ) -> None:
         self._engine = engine
         self._decode = decode
         self._stop_ids = sorted(stop_ids)
         self._random = random
+        self._together = together or world()
         self._stopping = Stopping()
         self.version = 0
 
@@ -245,14 +267,52 @@ class VllmGenerator:
 
     def answer(self, prompts: Sequence[Prompt], seeds: Tensor) -> list[Rollout]:
         """One response for each prompt, in their order, from their seeds as `draw_seeds` makes them."""
-        ids = [prompt.ids for prompt in prompts]
-        answers = self._engine.generate(ids, seeds.tolist(), self._stop_ids, self._stopping)
-        return [self._rollout(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        own = self._share(len(prompts))
+        ids = [prompt.ids for prompt in prompts[own]]
+        answers = self._engine.generate(ids, seeds[own].tolist(), self._stop_ids, self._stopping)
+        rollouts = [self._rollout(prompt, answer) for prompt, answer in zip(prompts[own], answers, strict=True)]
+        shares = self._together.gather(rollouts)[:: self._engine.tensor_parallel]
+        return [rollout for share in shares for rollout in share]
+
+    def _share(self, count: int) -> slice:
+        """Which of so many prompts this process's engine answers: those that are asked several times lie together."""
+        engine, engines = (part // self._engine.tensor_parallel for part in (self._together.rank, self._together.size))
+        return slice(count * engine // engines, count * (engine + 1) // engines)
 
     def _rollout(self, prompt: Prompt, answer: Any) -> Rollout:
         ids = tuple(answer.token_ids)
         logprobs = tuple(at[token].logprob for at, token in zip(answer.logprobs, ids, strict=True))
         return Rollout(prompt, ids, logprobs, self._decode(prompt.ids, ids), answer.finish_reason == "stop")
+
+
+@contextmanager
+def _shared(tensor_parallel: int, on_gpu: bool) -> Iterator[dict[str, Any]]:
+    """Within it an engine is made: what it is told of the processes that train together.
+
+    On a CPU those that share one meet in files of shared memory, under a name that vLLM gives to every such engine of a
+    machine and that outlives a process that is killed. Here it is this run's own, and gone once all have opened them.
+    """
+    if world().alone:
+        yield {}
+        return
+    if on_gpu:
+        yield {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
+        return
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    name = world().from_first(lambda: f"tandem-{uuid.uuid4().hex}")
+
+    class Executor(ExecutorWithExternalLauncher):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            _, rank, local_rank = super()._distributed_args()
+            return f"file://{name}", rank, local_rank
+
+    try:
+        yield {"distributed_executor_backend": Executor, "tensor_parallel_size": tensor_parallel}
+        world().wait_for_all()
+    finally:
+        for path in Path("/dev/shm").glob(f"{name}*"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from tandem.stages.together import by_first
 from tandem.stages.update import Course, Engine, PolicyLearner, SharedLearner, ValueLearner, update, update_shared
 from tandem.text import decoder
 from tandem.types import Batch, Prompt, Rollout, Scores, Trajectories
+from tandem.world import world
 
 
 class Workers(Protocol):
@@ -218,15 +219,19 @@ def make_sampler(
 ) -> tuple[VllmEngine | None, Generator]:
     """What samples the responses of training, and the engine behind it, where that is vLLM's in this process.
 
-    `sampler` is the policy, or the copy of it that samples while the policy trains.
+    `sampler` is the policy, or the copy of it that samples while the policy trains, in a thread of its own.
     """
     if workers is not None:
         return None, workers.generator(random)
-    if config.rollout.generator == "vllm":
-        engine = make_engine(policy, config, longest_prompt + config.rollout.max_new_tokens)
-        return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random)
+    rollout = config.rollout
+    together = world().apart() if rollout.staleness else world()
+    if rollout.generator == "vllm":
+        engine = make_engine(policy, config, longest_prompt + rollout.max_new_tokens)
+        return engine, VllmGenerator(engine, decoder(tokenizer), policy.stop_ids(tokenizer), random, together)
     load = None if sampler is policy else sampler.load_weights
-    return None, make_generator(sampler, tokenizer, config.rollout, random, load=load, gather=config.rollout.gather)
+    return None, make_generator(
+        sampler, tokenizer, rollout, random, load=load, gather=rollout.gather, together=together
+    )
 
 
 def reward_terms(

@@ -19,7 +19,7 @@ from tandem.rollout import Generator, InStep, TorchGenerator, VllmEngine, VllmGe
 from tandem.run.machine import free_memory
 from tandem.text import decoder
 from tandem.types import Prompt, Rollout
-from tandem.world import world
+from tandem.world import World
 
 T = TypeVar("T")
 Load = Callable[[Iterable[tuple[str, Tensor]]], None]
@@ -96,10 +96,11 @@ def make_generator(
     *,
     load: Load | None = None,
     gather: Gather = "auto",
+    together: World | None = None,
 ) -> TorchGenerator:
     """One that samples from the policy itself; `load` renews its weights where it is a copy of the one that trains.
 
-    `gather` is `rollout.gather`, for processes that share the policy.
+    `gather` is `rollout.gather`, for processes that share the policy; `together` are the processes that sample.
     """
 
     def by_layer() -> bool:
@@ -107,13 +108,14 @@ def make_generator(
         return gathers_by_layer(gather, whole, free_memory(policy.device))
 
     return TorchGenerator(
-        policy if world().alone else InStep(policy, by_layer),
+        InStep(policy, by_layer) if policy.trunk.in_parts else policy,
         decoder(tokenizer),
         policy.stop_ids(tokenizer),
         max_new_tokens=rollout.max_new_tokens,
         sequences_per_batch=rollout.sequences_per_batch,
         random=random,
         load=load,
+        together=together,
     )
 
 
