@@ -23,7 +23,7 @@ from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
 from tandem.models.cache import roomy_cache
 from tandem.models.trunk import Trunk
-from tandem.plan.advice import what_would_be_faster, what_would_fit
+from tandem.plan.advice import _engines_beside, _generators_of_their_own, what_would_be_faster, what_would_fit
 from tandem.plan.arithmetic import activation_bytes, cache_bytes
 from tandem.plan.demand import Demand, Lengths, demand_of
 from tandem.plan.devices import DEVICES, gpus_asked_for
@@ -281,12 +281,15 @@ def test_recipes_of_real_sizes_fit_and_can_be_built(recipe, gpus, policy, reward
     assert plan.demand.rewards[0].scalar_parameters == sum(parameter.numel() for parameter in scorer.parameters())
 
 
+CHECKPOINTED = ["--parallel.activation_checkpointing=true"]
+
+
 def test_a_policy_that_no_gpu_holds_is_sampled_a_layer_at_a_time():
     """Gathered whole it fits no card of 80 GB, however many there are; `auto` then does what `layer` does."""
-    recipe, settings = RECIPES / "ppo-70b-64x80gb.toml", PlanSettings("64xH100", None, None, "llama-70b", json=False)
+    recipe, settings = RECIPES / "ppo-70b-64x180gb.toml", PlanSettings("64xH100", None, None, "llama-70b", json=False)
 
     def plan(gather: str) -> Plan:
-        return plan_of(load_config(PpoConfig, recipe, [f"--rollout.gather={gather}"]), settings)
+        return plan_of(load_config(PpoConfig, recipe, [*CHECKPOINTED, f"--rollout.gather={gather}"]), settings)
 
     whole, layer, auto = plan("model"), plan("layer"), plan("auto")
     assert not whole.fits
@@ -447,8 +450,9 @@ def test_vllm_decodes_as_many_rows_together_as_its_cache_holds():
     assert any(line.startswith("rollout.vllm.kv_cache_gib = ") for line in faster.lines)
 
 
-def test_generators_of_their_own_are_advised_where_the_policy_is_gathered_by_layer_and_a_copy_fits():
-    """32B on 64 cards: beside what trains there is no room for a copy, and on a card by itself there is."""
+@pytest.mark.parametrize("others", [_generators_of_their_own, _engines_beside])
+def test_other_generators_are_advised_where_the_policy_is_gathered_by_layer(others):
+    """32B on 64 cards: beside what trains there is no room for a copy; on a card by itself there is, or in parts."""
     settings = PlanSettings("64xH100", None, None, "32b", json=False)
     words = [*BASE, "--value.start=policy", *SEVENTY, "--rollout.max_new_tokens=512", "--rollout.gather=layer"]
     plan = plan_of(load_config(PpoConfig, None, [*words, "--parallel.processes=64"]), settings)
@@ -456,10 +460,31 @@ def test_generators_of_their_own_are_advised_where_the_policy_is_gathered_by_lay
     assert plan.by_layer is not None
     faster = what_would_be_faster(plan)
     assert faster is not None
-    after = plan_of(load_config(PpoConfig, None, [*words, *followed(faster.lines)]), settings)
-    assert after.layout.cluster is not None
+    changes = [change for change in others(plan.demand, plan.layout) if change.plan.fits]
+    best = max(changes, key=lambda change: change.plan.tokens_per_day)
+    own = ["--parallel.processes=64"] if others is _engines_beside else []
+    after = plan_of(load_config(PpoConfig, None, [*words, *own, *followed(best.lines)]), settings)
     assert after.fits
-    assert after.tokens_per_day == pytest.approx(faster.times * plan.tokens_per_day)
+    assert after.memory == best.plan.memory
+    assert plan.tokens_per_day < after.tokens_per_day == pytest.approx(best.plan.tokens_per_day)
+    assert best.plan.tokens_per_day <= faster.times * plan.tokens_per_day * (1 + 1e-9)
+
+
+def test_engines_in_parts_hold_and_read_less_each_and_talk():
+    """Of the eight cards that share one each has an eighth of its weights, and two engines wait for nobody."""
+    words = [*BASE, "--value.start=policy", *SEVENTY, "--rollout.generator=vllm", "--rollout.sequences_per_batch=64"]
+    settings = PlanSettings("8xH100", None, None, "7b", json=False)
+
+    def plan(parts: int) -> Plan:
+        more = ["--parallel.processes=8", f"--rollout.vllm.tensor_parallel={parts}"]
+        return plan_of(load_config(PpoConfig, None, [*words, *more]), settings)
+
+    whole, parts = plan(1), plan(8)
+    weights = "generator's weights"
+    assert whole.memory.by_phase["rollout"][weights] == 8 * parts.memory.by_phase["rollout"][weights]
+    assert whole.phases["rollout"].network == 0.0
+    assert 0.0 < parts.phases["rollout"].network < parts.phases["rollout"].total
+    assert whole.phases["weight sync"] == parts.phases["weight sync"]
 
 
 def test_the_command_says_it_within_80_columns(capsys, monkeypatch):
@@ -538,12 +563,13 @@ def test_the_command_tells_scripts_who_does_what_over_a_cluster(capsys):
 
 def test_the_command_says_what_sampling_by_layer_costs_and_which_cards_could_do_without(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    words = ["plan", str(RECIPES / "ppo-70b-64x80gb.toml"), "--gpus", "64xH100", "--model-shape", "70b"]
-    assert main(words) == 0
+    words = ["plan", str(RECIPES / "ppo-70b-64x180gb.toml"), "--gpus", "64xH100", "--model-shape", "70b"]
+    assert main([*words, *CHECKPOINTED, "--rollout.gather=layer"]) == 0
     said = capsys.readouterr().out
     assert "131.4 GiB are sent to every GPU for each token, which takes 0.42 s" in said
     assert "Generators of their own ([cluster]) each hold a copy of the policy, 131.4 GiB, on one GPU: of" in said
     assert "B200 and H200 could" in said
+    assert "rollout.vllm.tensor_parallel = 8" in said
 
 
 def test_this_machine_is_planned_for_by_what_it_reaches(capsys):

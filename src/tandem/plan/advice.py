@@ -174,6 +174,7 @@ def _quicker(demand: Demand, layout: Layout) -> Iterator[Change]:
         if samples_by_layer(demand, layout):
             yield Change(['rollout.gather = "model"'], demand, replace(layout, gather="model"))
             yield from _generators_of_their_own(demand, layout)
+            yield from _engines_beside(demand, layout)
         if layout.generator == "torch":
             yield from _more_rows(demand, layout)
         return
@@ -229,6 +230,30 @@ def _splits(demand: Demand, layout: Layout, cluster: Cluster) -> Iterator[Change
             moved = replace(cluster, generators=replace(cluster.generators, count=generators))
             lines = [f"parallel.processes = {trainers}", f"cluster.generators = {generators}"]
             yield Change(lines, demand, replace(layout, gpus=trainers, shard=trainers, cluster=moved))
+
+
+def _engines_beside(demand: Demand, layout: Layout) -> Iterator[Change]:
+    """vLLM on the GPUs that train, an engine on each or on several of a machine, which give their memory back."""
+    if not layout.device.is_gpu:
+        return
+    for parts in (1, 2, 4, 8):
+        if layout.gpus % parts:
+            continue
+        rows = max(demand.sequences_per_batch, -(-demand.sequences * parts // layout.gpus))
+        for gib in (2.0, 4.0, 8.0, 16.0):
+            lines = ['rollout.generator = "vllm"', f"rollout.vllm.kv_cache_gib = {gib}"]
+            lines += [f"rollout.vllm.tensor_parallel = {parts}"] * (parts > 1)
+            lines += [f"rollout.sequences_per_batch = {rows}"] * (rows > demand.sequences_per_batch)
+            lines += ['rollout.gather = "auto"'] * (layout.gather != "auto")
+            engines = replace(
+                layout,
+                generator="vllm",
+                generator_copy="while sampling",
+                cache_gib=gib,
+                gather="auto",
+                engine_gpus=parts,
+            )
+            yield Change(lines, replace(demand, sequences_per_batch=rows, recompute=True), engines)
 
 
 def _generators_of_their_own(demand: Demand, layout: Layout) -> Iterator[Change]:

@@ -18,12 +18,13 @@ CACHE_PASSES = 2
 
 
 def rollout(demand: Demand, layout: Layout) -> Cost:
-    """All responses of a step that one GPU samples, a batch of rows after another."""
-    here, rank = sequences_of_one(demand, layout), demand.rank or 0
+    """All responses of a step that one GPU samples, or those of one engine together, a batch of rows after another."""
+    here, rank = sequences_of_one(demand, layout) * layout.engine_gpus, demand.rank or 0
     batches = math.ceil(here / rows_together(demand, layout))
     prompts = -(-here // demand.responses_per_prompt) * demand.lengths.mean_prompt
     calls = Cost(calls=batches * calling(layout, demand.policy, rank if layout.generator == "torch" else 0))
-    read = added([reading(demand, layout, demand.policy, prompts, demand.lengths.mean_prompt, rank), calls])
+    passed = reading(demand, layout, demand.policy, prompts, demand.lengths.mean_prompt, rank)
+    read = added([passed.times(1 / layout.engine_gpus), between_parts(demand, layout, prompts), calls])
     tokens = batches * demand.lengths.longest_response
     decoded = token(demand, layout).times(tokens)
     if samples_by_layer(demand, layout):
@@ -35,7 +36,7 @@ def rollout(demand: Demand, layout: Layout) -> Cost:
             ]
         )
     whole = Cost()
-    if layout.generator == "torch" and layout.shard > 1:
+    if layout.generator_copy == "never" and layout.cluster is None and layout.shard > 1:
         size, weights = demand.policy, demand.policy.parameters * float(demand.width)
         network = layout.collective_seconds(weights, layout.shard, size.layers + 1)
         whole = gathering_beside(Cost(), layout, weights, network)
@@ -46,7 +47,7 @@ def token(demand: Demand, layout: Layout) -> Cost:
     """One token more for all rows that decode together.
 
     On a GPU the weights are read while they are multiplied; a processor does one after the other. Keys and values are
-    read once for all query heads that share them.
+    read once for all query heads that share them. GPUs of one engine do each a part of it.
     """
     size, lengths, device = demand.policy, demand.lengths, layout.device
     flops, bandwidth = rates(layout)
@@ -67,7 +68,16 @@ def token(demand: Demand, layout: Layout) -> Cost:
         calls = device.pass_seconds + size.layers * device.graph_layer_seconds
     else:
         calls = calling(layout, size, rank)
-    return Cost(multiplying, fetching + moved / bandwidth, calls)
+    computing = Cost(multiplying, fetching + moved / bandwidth).times(1 / layout.engine_gpus)
+    return added([computing, between_parts(demand, layout, going), Cost(calls=calls)])
+
+
+def between_parts(demand: Demand, layout: Layout, tokens: float) -> Cost:
+    """What GPUs that share an engine tell each other of so many tokens of a pass: twice in each layer the sum of what
+    all of them have, an all-gather and its reverse each."""
+    size = demand.policy
+    whole = 4.0 * size.layers * tokens * size.hidden * demand.width
+    return Cost(network=layout.collective_seconds(whole, layout.engine_gpus, 4 * size.layers))
 
 
 def gathered_for_a_pass(demand: Demand, layout: Layout) -> tuple[float, float]:

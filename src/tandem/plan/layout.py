@@ -43,7 +43,8 @@ class Layout:
 
     `generator`: `torch` samples on the policy, which is gathered meanwhile where it is cut, as `gather` says; `vllm` is
     sent the weights. `generator_copy`: when weights of the generator's own are held. `cache_gib` is room that is set
-    aside for keys and values, if it is. With a `cluster` nothing of that is on the GPUs that train.
+    aside for keys and values, if it is. With a `cluster` nothing of that is on the GPUs that train. So many as
+    `engine_gpus` share a vLLM engine, each with a part of its weights and of keys and values.
     """
 
     gpus: int
@@ -55,6 +56,7 @@ class Layout:
     cache_gib: float | None
     gather: Gather = "auto"
     cluster: Cluster | None = None
+    engine_gpus: int = 1
 
     @property
     def replicas(self) -> int:

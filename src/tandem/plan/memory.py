@@ -13,6 +13,8 @@ from tandem.plan.model_size import ModelSize
 
 # Logits of one chunk (models/causal.py), in numbers.
 LOGITS_PER_CHUNK = 2**26
+# Tokens that vLLM reads at once, at most (0.32; fewer on smaller cards).
+VLLM_TOKENS = 16_384
 # What the allocator holds and cannot hand out, as a share of what comes and goes.
 RESERVE_SHARE = 0.1
 
@@ -81,8 +83,12 @@ def _weights_and_state(demand: Demand, layout: Layout) -> dict[str, float]:
     held["float32 master weights"] = 4.0 * trained if width < 4 else 0.0
     held["Adam moments"] = 8.0 * trained
     if layout.generator_copy == "always":
-        held["generator's weights"] = float(demand.policy.parameters * width)
+        held["generator's weights"] = _generators_weights(demand, layout)
     return held
+
+
+def _generators_weights(demand: Demand, layout: Layout) -> float:
+    return float(demand.policy.parameters * demand.width) / layout.engine_gpus
 
 
 def optimiser_shard(demand: Demand, layout: Layout) -> int:
@@ -100,8 +106,10 @@ def sampling_bytes(demand: Demand, layout: Layout) -> dict[str, float]:
     """What sampling takes beside weights: keys and values, and the larger of reading prompts and a token's logits."""
     size, width, lengths = demand.policy, demand.width, demand.lengths
     rows = rows_together(demand, layout)
-    prompts = -(-rows // demand.responses_per_prompt)
-    reading = prompts * lengths.longest_prompt * working_bytes(size, width)
+    tokens = -(-rows // demand.responses_per_prompt) * lengths.longest_prompt
+    if layout.generator == "vllm":
+        tokens = min(tokens, VLLM_TOKENS)
+    reading = tokens * working_bytes(size, width)
     logits = rows * size.vocabulary * (width + 8.0)
     cache = rows * lengths.longest * cache_bytes(size, width)
     return {
@@ -112,16 +120,17 @@ def sampling_bytes(demand: Demand, layout: Layout) -> dict[str, float]:
 
 def _whole_while_sampling(demand: Demand, layout: Layout) -> dict[str, float]:
     """The policy's weights once more: gathered from all GPUs, or held by a generator that gives them back."""
-    whole = float(demand.policy.parameters * demand.width)
     if layout.generator_copy == "while sampling":
-        return {"generator's weights": whole}
-    return {"policy gathered whole": whole * (1 - 1 / layout.shard)} if layout.shard > 1 else {}
+        return {"generator's weights": _generators_weights(demand, layout)}
+    if layout.generator_copy == "always" or layout.shard == 1:
+        return {}
+    return {"policy gathered whole": demand.policy.parameters * demand.width * (1 - 1 / layout.shard)}
 
 
 def samples_by_layer(demand: Demand, layout: Layout) -> bool:
     """Whether the GPUs that train gather a layer of the policy at a time to sample, as the generator decides it: from
     what is free once all that trains is held."""
-    if layout.gpus == 1 or layout.generator != "torch" or layout.cluster is not None:
+    if layout.gpus == 1 or layout.generator_copy != "never" or layout.cluster is not None:
         return False
     held = _weights_and_state(demand, layout)
     whole = float(demand.policy.parameters * demand.width) + held.get("adapters", 0.0)
@@ -130,11 +139,14 @@ def samples_by_layer(demand: Demand, layout: Layout) -> bool:
 
 
 def rows_together(demand: Demand, layout: Layout) -> int:
-    """Rows that decode together on one GPU; where room for keys and values is set aside, as many as it holds."""
-    rows = min(-(-demand.sequences // layout.gpus), demand.sequences_per_batch)
+    """Rows that decode together on one GPU, or on those of one engine; where room for keys and values is set aside, as
+    many as it holds."""
+    rows = min(-(-demand.sequences * layout.engine_gpus // layout.gpus), demand.sequences_per_batch)
     if layout.cache_gib is None:
         return rows
-    held = layout.cache_gib * 2**30 / (demand.lengths.mean * cache_bytes(demand.policy, demand.width))
+    held = (
+        layout.cache_gib * layout.engine_gpus * 2**30 / (demand.lengths.mean * cache_bytes(demand.policy, demand.width))
+    )
     return max(1, min(rows, int(held)))
 
 

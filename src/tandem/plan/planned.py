@@ -151,8 +151,9 @@ def _phases(demand: Demand, layout: Layout) -> dict[str, tuple[str, Cost]]:
         return _before_learning(demand, layout, cluster) | learning
     phases = {"rollout": (TRAINERS, rollout(demand, layout)), "score": (TRAINERS, score(demand, layout)), **learning}
     if layout.generator == "vllm":
-        moved = 2 * demand.policy.parameters * demand.width
-        phases["weight sync"] = (TRAINERS, Cost(memory=moved / rates(layout)[1]))
+        weights = float(demand.policy.parameters * demand.width)
+        network = layout.collective_seconds(weights, layout.shard, demand.policy.layers + 1)
+        phases["weight sync"] = (TRAINERS, Cost(memory=2 * weights / rates(layout)[1], network=network))
     return phases
 
 

@@ -130,6 +130,7 @@ def _about_layers(plan: Plan, gathered: float, seconds: float) -> Iterator[str]:
     )
     if gathered > plan.layout.device.memory_gib * 2**30:
         yield _needs_larger(plan, "Generators of their own ([cluster]) each hold")
+        yield "vLLM engines hold it in parts, each on several of the GPUs that train (rollout.vllm.tensor_parallel)."
 
 
 def _needs_larger(plan: Plan, who: str) -> str:

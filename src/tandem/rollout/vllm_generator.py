@@ -31,8 +31,8 @@ from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
 from tandem.world import World, world
 
-# In process; nothing is reported home or listened for elsewhere; the trainer's threads stay where they are. What engines
-# of several processes share is cleared away by Python's tracker when they end, which need not tell of it.
+# In process; nothing is reported home or listened for elsewhere; the trainer's threads stay where they are. Python's
+# tracker clears away what processes shared when they end, and need not tell of it.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",

@@ -134,6 +134,7 @@ def layout_of(config: PpoConfig, device: Device, gpus_there: int) -> Layout:
         cache_gib=None if rollout.generator == "torch" else (rollout.vllm or VllmSection()).kv_cache_gib,
         gather=rollout.gather,
         cluster=cluster,
+        engine_gpus=1 if rollout.vllm is None else rollout.vllm.tensor_parallel,
     )
 
 
