@@ -355,6 +355,15 @@ def test_a_stage_in_two_processes_is_that_of_one_and_goes_on(tiny, tmp_path, cap
         assert load_config(KINDS[stage], two / stage / "config.toml", []).parallel.processes == processes
 
 
+@pytest.mark.long
+def test_all_stages_in_two_processes_are_those_of_one(tiny, tmp_path):
+    short = ["--sft.epochs=0.5", "--reward.epochs=0.5", "--ppo.steps=2", "--accuracy_floor=0.0", "--samples=0", EXACT]
+    for name, processes in (("one", 1), ("two", 2)):
+        assert main([*words_of(tiny(), tmp_path, tmp_path / name, *short), f"--processes={processes}"]) == 0
+    for stage in ("sft", "reward", "ppo"):
+        assert_same(tmp_path / "one" / stage, tmp_path / "two" / stage)
+
+
 def test_how_many_processes_a_stage_takes_is_looked_at_first(tiny, tmp_path, capsys, monkeypatch):
     words = words_of(tiny(), tmp_path, tmp_path / "run")
     capsys.readouterr()

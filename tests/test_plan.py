@@ -23,7 +23,7 @@ from tandem.engine.local import LocalEngine, ParameterGroup
 from tandem.errors import InputError
 from tandem.models.cache import roomy_cache
 from tandem.models.trunk import Trunk
-from tandem.plan.advice import _engines_beside, _generators_of_their_own, what_would_be_faster, what_would_fit
+from tandem.plan.advice import engines_beside, generators_of_their_own, what_would_be_faster, what_would_fit
 from tandem.plan.arithmetic import activation_bytes, cache_bytes
 from tandem.plan.demand import Demand, Lengths, demand_of
 from tandem.plan.devices import DEVICES, gpus_asked_for
@@ -450,7 +450,7 @@ def test_vllm_decodes_as_many_rows_together_as_its_cache_holds():
     assert any(line.startswith("rollout.vllm.kv_cache_gib = ") for line in faster.lines)
 
 
-@pytest.mark.parametrize("others", [_generators_of_their_own, _engines_beside])
+@pytest.mark.parametrize("others", [generators_of_their_own, engines_beside])
 def test_other_generators_are_advised_where_the_policy_is_gathered_by_layer(others):
     """32B on 64 cards: beside what trains there is no room for a copy; on a card by itself there is, or in parts."""
     settings = PlanSettings("64xH100", None, None, "32b", json=False)
@@ -462,7 +462,7 @@ def test_other_generators_are_advised_where_the_policy_is_gathered_by_layer(othe
     assert faster is not None
     changes = [change for change in others(plan.demand, plan.layout) if change.plan.fits]
     best = max(changes, key=lambda change: change.plan.tokens_per_day)
-    own = ["--parallel.processes=64"] if others is _engines_beside else []
+    own = ["--parallel.processes=64"] if others is engines_beside else []
     after = plan_of(load_config(PpoConfig, None, [*words, *own, *followed(best.lines)]), settings)
     assert after.fits
     assert after.memory == best.plan.memory

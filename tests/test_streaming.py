@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import tracemalloc
 from collections import Counter
@@ -19,12 +20,12 @@ from tandem.cli import main
 from tandem.config import PromptsSection, RowsSection
 from tandem.data.examples import as_read, read_examples, read_pairs
 from tandem.data.feed import Maker
-from tandem.data.files import open_file
 from tandem.data.prompts import split_prompts
 from tandem.data.rows import Source
 from tandem.data.stream import open_stream
 from tandem.errors import InputError
 from tandem.run.folder import read_metrics
+from tandem.run.record import fingerprint
 from test_commands import WORDS, ppo_words, refused, write
 from test_resume import self_ending_reward
 from tiny import make_tokenizer
@@ -38,8 +39,8 @@ def text_of(number: int) -> str:
     return f"row {number} {'é☃ ' * (number % 7)}" + ("of\ntwo lines" if number % 5 == 0 else "")
 
 
-def numbered_file(tmp_path: Path, kind: str, count: int = 53) -> Path:
-    path, rows = tmp_path / f"rows.{kind}", [{"text": text_of(number)} for number in range(count)]
+def numbered_file(tmp_path: Path, kind: str, numbers: range = range(53), name: str = "rows") -> Path:
+    path, rows = tmp_path / f"{name}.{kind}", [{"text": text_of(number)} for number in numbers]
     if kind == "jsonl":
         ends = ["\n", "\r\n", "\n\n", "\r"]
         lines = [json.dumps(row, ensure_ascii=n % 2 == 0) + ends[n % 4] for n, row in enumerate(rows)]
@@ -48,25 +49,44 @@ def numbered_file(tmp_path: Path, kind: str, count: int = 53) -> Path:
         quoted = ["text,n\r\n", *(f'"{row["text"]}",{n}\r\n' for n, row in enumerate(rows))]
         path.write_bytes("".join(quoted).encode())
     else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
+        table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema({"text": pyarrow.string()}))
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
     return path
+
+
+def numbered_folder(tmp_path: Path, kind: str) -> Path:
+    """The same rows in several files, one of them without rows, beside something that is no data."""
+    folder = tmp_path / "data"
+    folder.mkdir(exist_ok=True)
+    for name, numbers in (("a", range(20)), ("b", range(0)), ("c", range(20, 21)), ("d", range(21, 53))):
+        numbered_file(folder, kind, numbers, name)
+    (folder / "README.md").write_text("rows")
+    return folder
+
+
+def by_pattern(tmp_path: Path, kind: str) -> Path:
+    return numbered_folder(tmp_path, kind) / f"*.{kind}"
+
+
+SOURCES = [numbered_file, numbered_folder, by_pattern]
 
 
 def number_of(text: str) -> int:
     return int(text.split()[1])
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_is_read_on_from_every_mark(tmp_path, kind):
-    path = numbered_file(tmp_path, kind)
+def test_rows_are_read_on_from_every_mark(tmp_path, kind, source):
+    rows = Source(str(source(tmp_path, kind)), "data.train", "train", {})
     marks, whole = [], []
-    with open_file(path) as reader:
+    with rows.open() as reader:
         for row in reader:
             whole.append(row)
             marks.append(json.loads(json.dumps(reader.mark())))
     assert [number_of(columns["text"]) for columns, _ in whole] == list(range(53))
     for read, mark in enumerate(marks, start=1):
-        with open_file(path, mark) as reader:
+        with rows.open(mark) as reader:
             assert list(reader) == whole[read:]
 
 
@@ -77,9 +97,10 @@ def stream_of(path: Path | str, buffer_rows: int, fraction: float = 0.0, seed: i
     return open_stream(source, maker, buffer_rows, seed, fraction, Counter())
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_pass_has_every_row_once_in_an_order_within_the_buffer(tmp_path, kind):
-    stream, _ = stream_of(numbered_file(tmp_path, kind), buffer_rows=10)
+def test_each_pass_has_every_row_once_in_an_order_within_the_buffer(tmp_path, kind, source):
+    stream, _ = stream_of(source(tmp_path, kind), buffer_rows=10)
     taken = [number for batch, _ in islice(stream.batches(1), 3 * 53) for number in batch]
     passes = [taken[start : start + 53] for start in range(0, len(taken), 53)]
     for one in passes:
@@ -89,13 +110,14 @@ def test_each_pass_has_every_row_once_in_an_order_within_the_buffer(tmp_path, ki
     assert len({tuple(one) for one in passes}) == 3
     first, second = (max(one[:10]) for one in passes[:2])
     assert (first, second) != (9, 9), "windows end at the same rows in each pass"
-    in_order, _ = stream_of(numbered_file(tmp_path, kind), buffer_rows=1)
+    in_order, _ = stream_of(source(tmp_path, kind), buffer_rows=1)
     assert next(in_order.batches(53))[0] == list(range(53))
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_goes_on_from_every_place(tmp_path, kind):
-    stream, held = stream_of(numbered_file(tmp_path, kind), buffer_rows=8, fraction=0.3)
+def test_it_goes_on_from_every_place(tmp_path, kind, source):
+    stream, held = stream_of(source(tmp_path, kind), buffer_rows=8, fraction=0.3)
     whole = list(islice(stream.batches(4), 40))
     for done in range(1, 30):
         place = json.loads(json.dumps(whole[done - 1][1]))
@@ -112,6 +134,22 @@ def test_what_has_passed_is_not_read_again(tmp_path):
     path.write_bytes(b"".join(b"x" * (len(line) - 1) + b"\n" if n < 30 else line for n, line in enumerate(lines)))
     place = whole[6][1]
     assert list(islice(stream.batches(5, 7, place), 3)) == whole[7:]
+
+
+@pytest.mark.parametrize("together", [2**30, 100])
+@pytest.mark.parametrize("source", SOURCES)
+def test_another_content_or_another_file_is_noticed(tmp_path, monkeypatch, source, together):
+    monkeypatch.setattr("tandem.run.record._WHOLE_TOGETHER", together)
+    path = source(tmp_path, "jsonl")
+    marks = [fingerprint(path), fingerprint(path)]
+    last = sorted(tmp_path.rglob("*.jsonl"))[-1]
+    last.write_bytes(last.read_bytes().replace(b"row 52", b"row 25"))
+    marks.append(fingerprint(path))
+    if source is not numbered_file:
+        shutil.copy(last, last.with_name("e.jsonl"))
+        marks.append(fingerprint(path))
+    assert None not in marks
+    assert len(set(marks)) == len(marks) - 1
 
 
 def test_a_hub_data_set_is_read_on_from_where_it_stood(monkeypatch):

@@ -1,7 +1,7 @@
 """The planner against real joint steps on this machine: `python -m plan_check STORY_MODEL [--go-on]`.
 
-With --go-on what was measured before on this machine stands, so that a check that was cut short goes on. Each case is
-a process of its own, or two. Writes docs/results/plan.md and plan.json.
+With --go-on what was found before on this machine stands, so that a check that was cut short goes on. Each case is a
+process of its own, or two. Writes docs/results/plan.md and plan.json.
 """
 
 from __future__ import annotations
@@ -116,39 +116,48 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
     return {"memory_gib": max(one["peak_memory_gib"] for one in found), "seconds": seconds}
 
 
-def compared(case: Case, plan: Plan, found: dict[str, Any]) -> dict[str, Any]:
-    """What was planned and what was measured, for one case."""
+def compared(case: Case, folder: Path) -> dict[str, Any]:
+    """What was planned and what was measured, for one case: planned from how fast the machine was before it, and again
+    after it, since its pace changes; the mean of the two stands against the measurement."""
+    size = ModelSize.of(case.workload.model)
+    before = device_for(case, size)
+    found = measured(case, folder)
+    after = device_for(case, size)
+    plans = [plan_for(case, size, device) for device in (before, after)]
+    plan = plans[0]
     return {
         "name": case.name,
         "workload": {**json.loads(case.workload.to_json()), "model": Path(case.workload.model).name},
         "processes": case.processes,
         "measured": found,
+        "pace_after_to_before": after.flops / before.flops,
         "planned": {
             "memory_gib": plan.memory.peak / 2**30,
             "components_gib": {name: held / 2**30 for name, held in plan.memory.at_peak.items()},
-            "seconds": {name: plan.phases[name].total for name in PHASES},
+            "seconds": {name: statistics.mean(plan.phases[name].total for plan in plans) for name in PHASES},
         },
     }
 
 
 def earlier(here: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was measured on this machine before, by case."""
+    """What was found on this machine before, by case."""
     path = RESULTS / "plan.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {case["name"]: case["measured"] for case in record.get("cases", []) if record["machine"] == here}
+    return {case["name"]: case for case in record.get("cases", []) if record["machine"] == here}
 
 
 def page(record: dict[str, Any]) -> str:
     lines = [
-        "| case | memory, GiB: planned | measured | off by | a step, s: planned | measured | off by |",
-        "|---|---|---|---|---|---|---|",
+        "| case | memory, GiB: planned | measured | off by | a step, s: planned | measured | off by | pace |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     phases = ["| case | " + " | ".join(PHASES) + " |", "|---" * (len(PHASES) + 1) + "|"]
     for case in record["cases"]:
         plan, found = case["planned"], case["measured"]
         memory = versus(plan["memory_gib"], found["memory_gib"])
         step = versus(sum(plan["seconds"].values()), sum(found["seconds"].values()))
-        lines.append(f"| {case['name']} | {' | '.join([*memory, *step])} |")
+        pace = f"{case['pace_after_to_before'] - 1:+.0%}"
+        lines.append(f"| {case['name']} | {' | '.join([*memory, *step, pace])} |")
         cells = ["{} / {} ({})".format(*versus(plan["seconds"][name], found["seconds"][name])) for name in PHASES]
         phases.append(f"| {case['name']} | {' | '.join(cells)} |")
     here = record["machine"]
@@ -159,7 +168,9 @@ Made by `make plan-check` (the same numbers as JSON: [plan.json](plan.json)). Wh
 
 Machine: {here["processor"]}, one thread. torch {here["torch"]}, transformers {here["transformers"]}. Each case is a
 process of its own, or two; the median of {STEPS} steps after the first. Times of one process are the processor's, not
-the wall's, so that other jobs beside do not count; those of two are the wall's. On a GPU nothing has been measured yet.
+the wall's, so that other jobs beside do not count; those of two are the wall's. The machine's speeds are measured
+before each case and after it, and what is planned is the mean of the two; *pace* is by how much products were faster
+after it. On a GPU nothing has been measured yet.
 
 {chr(10).join(lines)}
 
@@ -177,14 +188,10 @@ def versus(planned_value: float, found: float) -> list[str]:
 def main() -> None:
     here = machine(torch.device("cpu"), 1)
     torch.set_num_threads(1)
-    known, devices, found = earlier(here) if "--go-on" in sys.argv else {}, {}, []
+    known, found = earlier(here) if "--go-on" in sys.argv else {}, []
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as made:
         for case in cases(sys.argv[1], Path(made)):
-            size = ModelSize.of(case.workload.model)
-            if (size.hidden, case.processes) not in devices:
-                devices[size.hidden, case.processes] = device_for(case, size)
-            measurement = known.get(case.name) or measured(case, Path(made))
-            found.append(compared(case, plan_for(case, size, devices[size.hidden, case.processes]), measurement))
+            found.append(known.get(case.name) or compared(case, Path(made)))
             print(json.dumps(found[-1]["measured"]), case.name, flush=True)
             record = {"machine": here, "cases": found}
             (RESULTS / "plan.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tandem.config import Gather, PpoConfig
+from tandem.plan.advice import engines_beside
 from tandem.plan.demand import Demand, Lengths, demand_of
 from tandem.plan.devices import DEVICES
 from tandem.plan.layout import Cluster, Layout, Workers
@@ -21,6 +22,11 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 MODELS = ("llama-1b", "qwen-3b", "qwen-7b", "qwen-14b", "qwen-32b", "llama-70b")
 GPUS = tuple(2**power for power in range(11))
 CARD = "H100"
+SHOWN = (1, 8, 64, 256, 1024)
+HEAD = (
+    "| model | " + " | ".join(f"{gpus:,} GPU{'s' if gpus > 1 else ''}" for gpus in SHOWN) + " |",
+    "|---" * (len(SHOWN) + 1) + "|",
+)
 # Where the GPUs of a cluster are dealt out between trainers and generators.
 SPLIT = 64
 PHASES = ("rollout", "score", "evaluate", "update")
@@ -65,6 +71,14 @@ def faster_to_gather(model: str, gpus: int) -> Plan:
 GATHERED: tuple[Gather, ...] = ("model", "layer")
 
 
+def best_engines(model: str, gpus: int) -> Plan | None:
+    """vLLM on the GPUs that train, an engine on each or on several of a machine, whichever is fastest; None where
+    nothing fits."""
+    layout = Layout(gpus, DEVICES[CARD], gpus, True, "torch", "never", None)
+    plans = [change.plan for change in engines_beside(demand_at(model), layout)]
+    return max((plan for plan in plans if plan.fits), key=lambda plan: plan.tokens_per_day, default=None)
+
+
 def best_split(model: str) -> Plan | None:
     """The GPUs of a cluster dealt out between trainers and generators of a GPU each, which sample ahead, and tasks of
     the size that is best; None where nothing fits."""
@@ -94,7 +108,6 @@ def stops(plans: Mapping[int, Plan], phase: str) -> tuple[int, str] | None:
 
 
 def page(curves: Mapping[str, Mapping[int, Plan]]) -> str:
-    shown = [gpus for gpus in GPUS if gpus in (1, 8, 64, 256, 1024)]
     lines = [
         "# Planned: 1B to 70B on 1 to 1,024 GPUs",
         "",
@@ -107,11 +120,10 @@ def page(curves: Mapping[str, Mapping[int, Plan]]) -> str:
         "",
         "Response tokens a day, in billions; * sampled a layer at a time; - where it does not fit:",
         "",
-        "| model | " + " | ".join(f"{gpus:,} GPU{'s' if gpus > 1 else ''}" for gpus in shown) + " |",
-        "|---" * (len(shown) + 1) + "|",
+        *HEAD,
     ]
     for model, plans in curves.items():
-        cells = [cell(plans[gpus]) for gpus in shown]
+        cells = [cell(plans[gpus]) for gpus in SHOWN]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -127,7 +139,7 @@ def page(curves: Mapping[str, Mapping[int, Plan]]) -> str:
         found = [stops(plans, phase) for phase in PHASES]
         cells = ["1,024" if one is None else f"{one[0]:,}: {one[1]}" for one in found]
         lines.append(f"| {model} | {' | '.join(cells)} |")
-    lines += ["", *(f"- *{name}*: {why}." for name, why in WHY.items()), "", *clusters(curves)]
+    lines += ["", *(f"- *{name}*: {why}." for name, why in WHY.items()), "", *engines(), "", *clusters(curves)]
     return "\n".join(lines) + "\n"
 
 
@@ -135,6 +147,23 @@ def cell(plan: Plan) -> str:
     if not plan.fits:
         return "-"
     return f"{plan.tokens_per_day / 1e9:.2f}{'*' if plan.by_layer else ''}"
+
+
+def engines() -> list[str]:
+    """The same GPUs with vLLM in the processes that train."""
+    lines = [
+        "## Sampled by vLLM in the processes that train",
+        "",
+        "Billion response tokens a day, and in brackets the GPUs of an engine (`rollout.vllm.tensor_parallel`), each",
+        "with a part of its weights; an engine's memory is given back while the models train:",
+        "",
+        *HEAD,
+    ]
+    for model in MODELS:
+        plans = [best_engines(model, gpus) for gpus in SHOWN]
+        cells = ["-" if plan is None else f"{cell(plan)} ({plan.layout.engine_gpus})" for plan in plans]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return lines
 
 
 def clusters(curves: Mapping[str, Mapping[int, Plan]]) -> list[str]:

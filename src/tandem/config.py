@@ -224,7 +224,9 @@ ROW_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected",
 class RowsSection(StreamSection):
     """Rows in."""
 
-    train: NonEmpty = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
+    train: NonEmpty = Field(
+        description="a .jsonl, .json, .csv or .parquet file, a folder or pattern (data/*.csv) of several, or a hub id"
+    )
     eval: NonEmpty | None = Field(None, description="held-out rows; unset: eval_fraction of train is held out")
     eval_fraction: Fraction = Field(
         0.1,
@@ -347,7 +349,9 @@ class DpoConfig(Section):
 class PromptSourceSection(Section):
     """Prompts in."""
 
-    prompts: NonEmpty = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
+    prompts: NonEmpty = Field(
+        description="a .jsonl, .json, .csv or .parquet file, a folder or pattern (data/*.csv) of several, or a hub id"
+    )
     split: NonEmpty = Field("train", description="split of prompts, where they are a hub data set")
     columns: dict[str, str] = Field({}, description="standard name -> name in the data, for other conventions")
     max_prompt_tokens: Count = Field(1024, description="longest prompt")

@@ -376,7 +376,10 @@ def cases() -> Iterator[Case]:
             ("a home that is none", "~nobody/p.jsonl", "there is no such file"),
         ):
             yield Case(f"{stage}: {name}", _source(stage, source), (f"{key} = ", *said))
-    yield Case("a folder for a file", _folder, ("p.jsonl' is a folder", "give one file of it"))
+    yield Case("a folder without data", _folder(), ("there is no file in that folder that ends in .jsonl", "mend the"))
+    several = _folder("a.csv", "b.jsonl")
+    yield Case("a folder of several kinds", several, ("several kinds (.csv, .jsonl)", "give those of one, such as"))
+    yield Case("a pattern of nothing", _source("ppo", "none/*.csv"), ("no file of such a name, seen from", "mend the"))
     yield Case("a link to nothing", _link("gone.jsonl"), ("is a link to 'gone.jsonl'", "mend the link"))
     yield Case("a link to itself", _link("p.jsonl"), ("p.jsonl", "mend the link"))
     yield Case("unreadable", _link("/proc/self/mem"), ("p.jsonl: cannot be read", "Input/output error"))
@@ -391,9 +394,14 @@ def _source(stage: str, source: str) -> Callable[[World], Sequence[str]]:
     return lambda world: world.words(stage, data=source)
 
 
-def _folder(world: World) -> Sequence[str]:
-    (world.folder / "p.jsonl").mkdir()
-    return world.words("ppo", data=world.folder / "p.jsonl")
+def _folder(*names: str) -> Callable[[World], Sequence[str]]:
+    def make(world: World) -> Sequence[str]:
+        (world.folder / "p.jsonl").mkdir()
+        for name in names:
+            (world.folder / "p.jsonl" / name).write_bytes(GOOD)
+        return world.words("ppo", data=world.folder / "p.jsonl")
+
+    return make
 
 
 def _link(target: str) -> Callable[[World], Sequence[str]]:

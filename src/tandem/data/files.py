@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
+import os
 import reprlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, islice
 from pathlib import Path
@@ -81,6 +83,60 @@ class Reader(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def shards(path: Path, named: str) -> list[Path]:
+    """The files that a folder stands for, or a pattern of names (`*`, `**`, `?`, `[...]`), in the order of their names.
+
+    `named` is what a message calls them. Raises InputError where there is none that can be read, or they are of several
+    kinds.
+    """
+    in_folder = path.is_dir()
+    with _told(path):
+        found = path.iterdir() if in_folder else map(Path, glob.glob(str(path), recursive=True))
+        files = sorted(one for one in found if one.suffix.lower() in SUFFIXES and one.is_file())
+    if not files:
+        place = "in that folder" if in_folder else f"of such a name, seen from {os.getcwd()}"
+        raise InputError(f"{named}: there is no file {place} that ends in {', '.join(SUFFIXES)}; mend the path.")
+    kinds = sorted({one.suffix.lower() for one in files})
+    if len(kinds) > 1:
+        narrower = (path if in_folder else path.parent) / f"*{kinds[0]}"
+        raise InputError(
+            f"{named} stands for files of several kinds ({', '.join(kinds)}); give those of one, such as {narrower}."
+        )
+    return files
+
+
+def open_files(paths: Sequence[Path], mark: Mark = None) -> Reader:
+    """The rows of files one after the other, as `open_file` reads each, from the mark of an earlier reader on."""
+    return open_file(paths[0], mark) if len(paths) == 1 else _Files(paths, mark)
+
+
+class _Files(Reader):
+    """A mark is the number of files before the one at hand, and that one's mark."""
+
+    def __init__(self, paths: Sequence[Path], mark: Mark) -> None:
+        self._paths = paths
+        self._number: int = 0 if mark is None else mark[0]
+        within = None if mark is None else mark[1]
+        self._reader = open_file(paths[self._number], within)
+
+    def __next__(self) -> Placed:
+        while True:
+            try:
+                return next(self._reader)
+            except StopIteration:
+                if self._number + 1 == len(self._paths):
+                    raise
+            self._reader.close()
+            self._number += 1
+            self._reader = open_file(self._paths[self._number])
+
+    def mark(self) -> Mark:
+        return [self._number, self._reader.mark()]
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 def open_file(path: Path, mark: Mark = None) -> Reader:

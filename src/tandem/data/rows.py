@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tandem.data.files import SUFFIXES, Mark, Placed, Reader, kind_of, open_file, shown
+from tandem.data.files import SUFFIXES, Mark, Placed, Reader, kind_of, open_files, shards, shown
 from tandem.errors import BadRowError, ConversationError, InputError, RunError, reason_of
 from tandem.text import Text
 
@@ -81,7 +82,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: `name` is a file, known by its suffix, or the id of a hub data set with its `split`.
+    """Where rows come from: `name` is a file, known by its suffix, a folder or a pattern for several files of a kind,
+    or the id of a hub data set with its `split`.
 
     `key` is the configuration's name of it; `columns` renames: standard name -> name in the data.
     """
@@ -99,13 +101,23 @@ class Source:
 
         `streaming`: of a hub data set no more is downloaded than is read. Raises InputError for what cannot be read.
         """
+        files = self.files()
+        return open_files(files, mark) if files else _Hub(self, mark, streaming)
+
+    def files(self) -> list[Path]:
+        """The files that it is, none for a hub data set. Raises InputError where they are not there."""
         path = Path(os.path.expanduser(self.name))
+        if os.path.isdir(path) or (glob.has_magic(self.name) and not os.path.exists(path)):
+            return shards(path, str(self))
         if path.suffix.lower() in SUFFIXES:
             _check_file(path, str(self))
-            return open_file(path, mark)
+            return [path]
         if os.path.exists(path) or self.name.startswith((".", "/", "~")):
-            raise InputError(f"{self}: give a file that ends in {', '.join(SUFFIXES)}, or the id of a hub data set.")
-        return _Hub(self, mark, streaming)
+            raise InputError(
+                f"{self}: give a file that ends in {', '.join(SUFFIXES)}, a folder of such files, or the id of a hub "
+                "data set."
+            )
+        return []
 
     def row(self, placed: Placed) -> Row:
         """A row with its columns renamed. Raises BadRowError where it lacks one of them."""
@@ -140,8 +152,6 @@ def _check_file(path: Path, named: str) -> None:
     """Raises InputError where there is no file to read, with what is there instead."""
     if os.path.isfile(path):
         return
-    if os.path.isdir(path):
-        raise InputError(f"{named} is a folder; give one file of it.")
     if os.path.exists(path):
         raise InputError(f"{named} is neither a file nor a folder, and cannot be read twice; save it as a file.")
     if os.path.islink(path):

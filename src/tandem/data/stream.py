@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from random import Random
 from typing import Any, Generic, Self
 
@@ -151,7 +150,7 @@ def open_stream(
     refused at once, and `counts` what becomes of it. Raises InputError for a source that can only be read whole, or
     has no rows that can be used.
     """
-    if Path(source.name).suffix.lower() == ".json":
+    if any(path.suffix.lower() == ".json" for path in source.files()):
         raise InputError(
             f"{source}: a .json file is one list, which can only be read whole; for data.streaming write each row in a "
             "line of its own, and let the file's name end in .jsonl."

@@ -173,8 +173,8 @@ def _quicker(demand: Demand, layout: Layout) -> Iterator[Change]:
     if cluster is None:
         if samples_by_layer(demand, layout):
             yield Change(['rollout.gather = "model"'], demand, replace(layout, gather="model"))
-            yield from _generators_of_their_own(demand, layout)
-            yield from _engines_beside(demand, layout)
+            yield from generators_of_their_own(demand, layout)
+            yield from engines_beside(demand, layout)
         if layout.generator == "torch":
             yield from _more_rows(demand, layout)
         return
@@ -232,7 +232,7 @@ def _splits(demand: Demand, layout: Layout, cluster: Cluster) -> Iterator[Change
             yield Change(lines, demand, replace(layout, gpus=trainers, shard=trainers, cluster=moved))
 
 
-def _engines_beside(demand: Demand, layout: Layout) -> Iterator[Change]:
+def engines_beside(demand: Demand, layout: Layout) -> Iterator[Change]:
     """vLLM on the GPUs that train, an engine on each or on several of a machine, which give their memory back."""
     if not layout.device.is_gpu:
         return
@@ -256,7 +256,7 @@ def _engines_beside(demand: Demand, layout: Layout) -> Iterator[Change]:
             yield Change(lines, replace(demand, sequences_per_batch=rows, recompute=True), engines)
 
 
-def _generators_of_their_own(demand: Demand, layout: Layout) -> Iterator[Change]:
+def generators_of_their_own(demand: Demand, layout: Layout) -> Iterator[Change]:
     """A part of the GPUs each with a copy of the policy, in the place of gathering layers."""
     nobody, gpus = Workers(0, 0.0, layout.device), layout.gpus
     for generators in sorted({gpus // part for part in (2, 3, 4, 8)} - {0}):

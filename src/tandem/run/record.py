@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import platform
 import secrets
@@ -19,6 +20,8 @@ from tandem.errors import InputError
 _INPUTS = {"model", "baseline", "reference", "function", "train", "eval", "prompts", "eval_prompts", "rollouts"}
 _WHOLE = 2**26
 _EDGE = 2**20
+_WHOLE_TOGETHER = 2**30
+_EDGE_OF_MANY = 2**14
 
 
 class Settings(Protocol):
@@ -107,28 +110,47 @@ def _fingerprints(tree: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, 
 
 
 def fingerprint(path: Path) -> str | None:
-    """SHA-256 over names, sizes and content; of a file beyond 64 MiB its first and last MiB.
+    """SHA-256 over names, sizes and content of a file, a folder, or those that a pattern of names stands for.
 
-    None for what is no local file or cannot be read: whoever needs it says so.
+    Of a file beyond 64 MiB it is the first and last MiB; of one that comes after 1 GiB of smaller ones the first and
+    last 16 KiB, so that many of them take no time. None for what is no local file or cannot be read: whoever needs it
+    says so.
     """
-    total = hashlib.sha256()
+    total, left = hashlib.sha256(), _WHOLE_TOGETHER
     try:
-        if not path.exists():
-            return None
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                total.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())
-                total.update(_content(file))
+        files = _named_files(path)
+        for name, file in files:
+            size = file.stat().st_size
+            total.update(f"{name}:{size}:".encode())
+            if size > _WHOLE:
+                total.update(_edges(file, size, _EDGE))
+            elif size > left:
+                total.update(_edges(file, size, min(size, _EDGE_OF_MANY)))
+            else:
+                total.update(_all(file))
+                left -= size
     except (OSError, ValueError):
         return None
-    return total.hexdigest()
+    return total.hexdigest() if files else None
 
 
-def _content(file: Path) -> bytes:
-    size = file.stat().st_size
+def _named_files(path: Path) -> list[tuple[str, Path]]:
+    if path.is_dir():
+        found = [(str(file.relative_to(path)), file) for file in sorted(path.rglob("*"))]
+    elif path.exists():
+        found = [(".", path)]
+    else:
+        found = [(file.name, file) for file in sorted(map(Path, glob.glob(str(path), recursive=True)))]
+    return [(name, file) for name, file in found if file.is_file()]
+
+
+def _all(file: Path) -> bytes:
     with file.open("rb") as content:
-        if size <= _WHOLE:
-            return hashlib.file_digest(content, "sha256").digest()
-        first = content.read(_EDGE)
-        content.seek(size - _EDGE)
-        return hashlib.sha256(first + content.read(_EDGE)).digest()
+        return hashlib.file_digest(content, "sha256").digest()
+
+
+def _edges(file: Path, size: int, edge: int) -> bytes:
+    with file.open("rb") as content:
+        first = content.read(edge)
+        content.seek(size - edge)
+        return hashlib.sha256(first + content.read(edge)).digest()
