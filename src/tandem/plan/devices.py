@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -145,24 +146,39 @@ Choice = Callable[[Sequence[float]], float]
 
 
 def measure_ceilings(
-    size: ModelSize, precision: str, device: str, timer: Timer = time.perf_counter, choice: Choice = min
+    size: ModelSize,
+    precision: str,
+    device: str,
+    timer: Timer = time.perf_counter,
+    choice: Choice = min,
+    least_seconds: float = 0.0,
 ) -> Ceilings:
-    """The fastest of products of the model's own width with 2,048 rows, and of summing 256 MiB."""
+    """The fastest of products of the model's own width with 2,048 rows, and of summing 256 MiB, each tried for so many
+    seconds at least."""
     dtype = getattr(torch, precision)
     inner = size.hidden
     best = 0.0
     for outer in (inner, 4 * inner):
         left = torch.randn(2048, inner, dtype=dtype, device=device)
         right = torch.randn(outer, inner, dtype=dtype, device=device)
-        seconds = _timed(lambda: torch.nn.functional.linear(left, right), device, timer, choice)  # noqa: B023
+        product = partial(torch.nn.functional.linear, left, right)
+        seconds = _timed(product, device, timer, choice, least_seconds=least_seconds)
         best = max(best, 2 * 2048 * inner * outer / seconds)
     block = torch.randn(2**26, device=device)
-    return Ceilings(best, block.numel() * 4 / _timed(block.sum, device, timer, choice))
+    return Ceilings(best, block.numel() * 4 / _timed(block.sum, device, timer, choice, least_seconds=least_seconds))
 
 
-def _timed(work: Callable[[], object], device: str, timer: Timer, choice: Choice, tries: int = 7) -> float:
-    seconds = []
-    for _ in range(tries):
+def _timed(
+    work: Callable[[], object],
+    device: str,
+    timer: Timer,
+    choice: Choice,
+    tries: int = 7,
+    least_seconds: float = 0.0,
+) -> float:
+    seconds: list[float] = []
+    end = time.perf_counter() + least_seconds
+    while len(seconds) < tries or time.perf_counter() < end:
         start = timer()
         work()
         if device != "cpu":
@@ -171,9 +187,13 @@ def _timed(work: Callable[[], object], device: str, timer: Timer, choice: Choice
     return choice(seconds[2:])
 
 
+# A machine that others share does not keep its pace from one moment to the next.
+_LOOKED_AT_SECONDS = 1.0
+
+
 def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_counter) -> Device:
     """This machine's processor: its memory, what it usually reaches at the model's width, and what calls cost."""
-    ceilings = measure_ceilings(size, precision, CPU, timer, statistics.median)
+    ceilings = measure_ceilings(size, precision, CPU, timer, statistics.median, _LOOKED_AT_SECONDS)
     a_pass, a_layer = calling_seconds(lambda layers: _token_seconds(layers, timer))
     return Device(
         name=CPU,
