@@ -5,7 +5,7 @@ Writes docs/results/scaling.md and scaling.png: nothing in them is measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -62,8 +62,7 @@ def curve(model: str) -> dict[int, Plan]:
 
 def faster_to_gather(model: str, gpus: int) -> Plan:
     """The policy gathered whole to sample, or a layer at a time: the faster of those that fit."""
-    device, demand = DEVICES[CARD], demand_at(model)
-    layout = Layout(gpus, device, gpus, True, "torch", "never", None)
+    demand, layout = demand_at(model), all_train(gpus)
     plans = [planned(demand, replace(layout, gather=gather)) for gather in GATHERED]
     return max(plans, key=lambda plan: (plan.fits, plan.tokens_per_day))
 
@@ -74,8 +73,15 @@ GATHERED: tuple[Gather, ...] = ("model", "layer")
 def best_engines(model: str, gpus: int) -> Plan | None:
     """vLLM on the GPUs that train, an engine on each or on several of a machine, whichever is fastest; None where
     nothing fits."""
-    layout = Layout(gpus, DEVICES[CARD], gpus, True, "torch", "never", None)
-    plans = [change.plan for change in engines_beside(demand_at(model), layout)]
+    return fastest([change.plan for change in engines_beside(demand_at(model), all_train(gpus))])
+
+
+def all_train(gpus: int) -> Layout:
+    return Layout(gpus, DEVICES[CARD], gpus, True, "torch", "never", None)
+
+
+def fastest(plans: Sequence[Plan]) -> Plan | None:
+    """Of those that fit."""
     return max((plan for plan in plans if plan.fits), key=lambda plan: plan.tokens_per_day, default=None)
 
 
@@ -91,7 +97,7 @@ def best_split(model: str) -> Plan | None:
             cluster = Cluster(SPLIT, 1.0, generators, Workers(0, 0.0, device), samples, ahead=True)
             layout = Layout(trainers, device, trainers, True, "torch", "never", None, cluster=cluster)
             plans.append(planned(demand, layout))
-    return max((plan for plan in plans if plan.fits), key=lambda plan: plan.tokens_per_day, default=None)
+    return fastest(plans)
 
 
 def stops(plans: Mapping[int, Plan], phase: str) -> tuple[int, str] | None:

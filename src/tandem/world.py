@@ -80,8 +80,7 @@ class World:
 
     def in_order(self, items: Sequence[Part]) -> list[Sequence[Part]]:
         """Each process's items: as many for each, side by side."""
-        cuts = [len(items) * rank // self.size for rank in range(self.size + 1)]
-        return [items[start:end] for start, end in pairwise(cuts)]
+        return dealt_in_order(items, self.size)
 
     def in_step(self, shares: Sequence[Sequence[Part]], idle: Part) -> Iterator[tuple[Part, float]]:
         """This process's own parts, weight 1, then the idle one, weight 0, until all have had as many."""
@@ -143,6 +142,12 @@ class World:
         """Until every process has come here."""
         if not self.alone:
             dist.barrier(group=self.group)
+
+
+def dealt_in_order(items: Sequence[Part], count: int) -> list[Sequence[Part]]:
+    """Items dealt to so many: as many for each, side by side."""
+    cuts = [len(items) * number // count for number in range(count + 1)]
+    return [items[start:end] for start, end in pairwise(cuts)]
 
 
 def _told(error: Exception) -> Exception:

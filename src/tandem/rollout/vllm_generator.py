@@ -29,7 +29,7 @@ from tandem.config import SamplingSection, VllmSection
 from tandem.errors import InputError, reason_of
 from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
-from tandem.world import World, world
+from tandem.world import World, dealt_in_order, world
 
 # In process; nothing is reported home or listened for elsewhere; the trainer's threads stay where they are. Python's
 # tracker clears away what processes shared when they end, and need not tell of it.
@@ -267,17 +267,14 @@ class VllmGenerator:
 
     def answer(self, prompts: Sequence[Prompt], seeds: Tensor) -> list[Rollout]:
         """One response for each prompt, in their order, from their seeds as `draw_seeds` makes them."""
-        own = self._share(len(prompts))
-        ids = [prompt.ids for prompt in prompts[own]]
-        answers = self._engine.generate(ids, seeds[own].tolist(), self._stop_ids, self._stopping)
-        rollouts = [self._rollout(prompt, answer) for prompt, answer in zip(prompts[own], answers, strict=True)]
-        shares = self._together.gather(rollouts)[:: self._engine.tensor_parallel]
-        return [rollout for share in shares for rollout in share]
-
-    def _share(self, count: int) -> slice:
-        """Which of so many prompts this process's engine answers: those that are asked several times lie together."""
-        engine, engines = (part // self._engine.tensor_parallel for part in (self._together.rank, self._together.size))
-        return slice(count * engine // engines, count * (engine + 1) // engines)
+        parts = self._engine.tensor_parallel
+        engine, engines = self._together.rank // parts, self._together.size // parts
+        # Prompts that are asked several times lie together, and go to one engine.
+        own = dealt_in_order(prompts, engines)[engine]
+        own_seeds = dealt_in_order(seeds.tolist(), engines)[engine]
+        answers = self._engine.generate([prompt.ids for prompt in own], own_seeds, self._stop_ids, self._stopping)
+        rollouts = [self._rollout(prompt, answer) for prompt, answer in zip(own, answers, strict=True)]
+        return [rollout for share in self._together.gather(rollouts)[::parts] for rollout in share]
 
     def _rollout(self, prompt: Prompt, answer: Any) -> Rollout:
         ids = tuple(answer.token_ids)

@@ -96,7 +96,7 @@ class Signals:
         """Work that leaves no trace until it ends, so that it can be given up at any moment."""
         self._may_give_up = world().alone
         try:
-            if world().alone:
+            if self._may_give_up:
                 self.end_if_terminating()
             yield
         finally:
