@@ -307,7 +307,7 @@ def test_values_in_other_units_are_the_same_values_and_gradients_scale(trunk):
 @pytest.fixture
 def few_in_cache(monkeypatch):
     """Two of the rows below at a time."""
-    monkeypatch.setattr("tandem.algo.projection._NUMBERS_IN_CACHE", 22)
+    monkeypatch.setattr("tandem.algo.logits._NUMBERS_IN_CACHE", 22)
 
 
 PROJECTIONS = pytest.mark.parametrize(("head_trains", "rows"), [(True, 3), (True, 7), (False, 3), (False, 7)])

@@ -28,6 +28,7 @@ from tandem.algo.critic import (
 from tandem.algo.diversity import distance_between, distinct_ngrams
 from tandem.algo.histogram import Histogram, histogram_value_loss
 from tandem.algo.kl import AdaptiveKl, KlEstimator, kl_estimate
+from tandem.algo.logits import Passes, put_slope, sums_over_rows
 from tandem.algo.losses import (
     ClippedLoss,
     a2c_policy_loss,
@@ -61,6 +62,7 @@ __all__ = [
     "Histogram",
     "Interval",
     "KlEstimator",
+    "Passes",
     "RunningMoments",
     "Sums",
     "a2c_policy_loss",
@@ -99,9 +101,11 @@ __all__ = [
     "probability_ratio",
     "projected_logprobs",
     "projected_logprobs_and_entropies",
+    "put_slope",
     "repeated_ngrams",
     "right_order",
     "sample",
+    "sums_over_rows",
     "token_logprobs",
     "token_rewards",
     "truncate",

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ON_CPU = "tandem_cpu"
@@ -57,14 +58,44 @@ def _one_token_in_sums(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 
 
 def _in_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Two batched products with a softmax in float32 between."""
-    shared, (length, read) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
+    """Batched products with a softmax in float32 between; query heads that share keys are more rows of one product."""
+    rows, heads, length, width = query.shape
+    key_heads, read = key.shape[1], key.shape[2]
     if mask is None:
         mask = torch.ones(length, read, dtype=torch.bool, device=query.device).tril(read - length)
-    scores = (query * scaling) @ repeat_kv(key, shared).transpose(2, 3)
-    unread = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill_(~mask, _least(scores))
-    probabilities = torch.softmax(scores + unread, dim=-1, dtype=torch.float32).to(query.dtype)
-    return (probabilities @ repeat_kv(value, shared)).transpose(1, 2).contiguous()
+    unread = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, _least(query))
+    queries = (query * scaling).reshape(rows * key_heads, -1, width)
+    keys, values = (given.reshape(rows * key_heads, read, -1) for given in (key, value))
+    found: Tensor = _Products.apply(queries, keys, values, unread, (rows, key_heads, -1, length, read))
+    return found.view(rows, heads, length, -1).transpose(1, 2).contiguous()
+
+
+class _Products(torch.autograd.Function):
+    """softmax(queries keys^T + unread) values, for N sets of queries [N, Q, D], keys [N, S, D] and values [N, S, E].
+
+    `unread` is added to what `shape` makes of the scores [N, Q, S]. With a backward pass of its own, since what autograd
+    makes of the forward pass brings a gradient about with its rows and columns exchanged, and takes exponentials again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, unread: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        shared = unread.unsqueeze(-3) if unread.dim() == 4 else unread
+        p = torch.softmax(scores.view(shape) + shared, dim=-1).to(scores.dtype).view(scores.shape)
+        ctx.save_for_backward(queries, keys, values, p)
+        return torch.bmm(p, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, p = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_values = torch.bmm(p.transpose(1, 2), gradient)
+        weighed = torch.bmm(gradient, values.transpose(1, 2)).float() * p
+        of_scores = (weighed - p * weighed.sum(-1, keepdim=True)).to(p.dtype)
+        return torch.bmm(of_scores, keys), torch.bmm(of_scores.transpose(1, 2), queries), of_values, None, None
 
 
 def _least(scores: Tensor) -> float:

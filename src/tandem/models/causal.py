@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.algo import projected_logprobs, projected_logprobs_and_entropies, truncate
+from tandem.algo import Passes, projected_logprobs, projected_logprobs_and_entropies, truncate
 from tandem.errors import InputError
 from tandem.models.cache import roomy_cache
 from tandem.models.packing import packed
@@ -44,6 +44,7 @@ class CausalPolicy:
         self.trunk = trunk
         self.rule = rule
         self.adapter = adapter
+        self.passes = Passes()
         self._model: Any = trunk.model
         self._head: Any = trunk.model.get_output_embeddings()
         _check_logits(self)
@@ -59,8 +60,7 @@ class CausalPolicy:
     def logprobs(self, tokens: Tokens) -> Tensor:
         """log pi(y_t | x, y_<t) of each response token, [B, T] float32, zero where masked.
 
-        Only response positions are projected on the vocabulary, in chunks that are recomputed in the backward
-        pass: [B, T, V] never exists.
+        Only response positions are projected on the vocabulary, in chunks: [B, T, V] never exists.
         """
         return self.trunk.run(lambda: self.read(self.trunk.hidden(tokens, self.adapter), tokens)[0])
 
@@ -79,17 +79,15 @@ class CausalPolicy:
         states = hidden[rows, tokens.response_positions[mask] - 1]
         targets = tokens.response_ids[mask]
         rows_per_chunk = max(1, _LOGITS_PER_CHUNK // self._head.weight.shape[0])
-        trains = self._head.weight.requires_grad
+        how: dict[str, Any] = {"head_trains": self._head.weight.requires_grad, "passes": self.passes}
 
         def laid_out(found: Tensor) -> Tensor:
             return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, found)
 
         if not entropies:
-            found = projected_logprobs(states, targets, self._scoring_logits, rows_per_chunk, head_trains=trains)
+            found = projected_logprobs(states, targets, self._scoring_logits, rows_per_chunk, **how)
             return laid_out(found), None
-        both = projected_logprobs_and_entropies(
-            states, targets, self._scoring_logits, rows_per_chunk, head_trains=trains
-        )
+        both = projected_logprobs_and_entropies(states, targets, self._scoring_logits, rows_per_chunk, **how)
         return laid_out(both[0]), laid_out(both[1])
 
     def _scoring_logits(self, states: Tensor, targets: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
-"""Layers computed by code that torch's compiler makes: between two products, one pass over memory in place of many."""
+"""What lies between products computed by code that torch's compiler makes: one pass over memory in place of many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from tandem.algo import Passes, put_slope, sums_over_rows
 from tandem.models.cache import RoomyLayer
+from tandem.models.causal import CausalPolicy
 
 Forward = Callable[..., Any]
 _VARIANTS = 64
@@ -65,3 +68,35 @@ class CompiledLayers:
             )
 
         return forward
+
+
+class CompiledPasses:
+    """The passes over logits by which policies read log-probabilities, by compiled code from here on.
+
+    Code is made at the first call of each kind, for any number of rows and any vocabulary, until `settle`.
+    """
+
+    def __init__(self, policies: Iterable[CausalPolicy]) -> None:
+        self._policies = tuple(policies)
+        self._before = [policy.passes for policy in self._policies]
+        self._passes = Passes(
+            sums_over_rows=torch.compile(sums_over_rows, dynamic=True),
+            put_slope=torch.compile(put_slope, dynamic=True),
+            whole=True,
+        )
+        self._hand_over(self._passes)
+
+    def settle(self) -> None:
+        """Make no more code: calls of other kinds than those so far are computed as they are written."""
+        run = torch._dynamo.run
+        passes = self._passes
+        self._hand_over(replace(passes, sums_over_rows=run(passes.sums_over_rows), put_slope=run(passes.put_slope)))
+
+    def undo(self) -> None:
+        """Let all be computed as it is written."""
+        for policy, passes in zip(self._policies, self._before, strict=True):
+            policy.passes = passes
+
+    def _hand_over(self, passes: Passes) -> None:
+        for policy in self._policies:
+            policy.passes = passes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from tandem.config import PpoConfig
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
-from tandem.models.compiling import CompiledLayers
+from tandem.models.compiling import CompiledLayers, CompiledPasses
 from tandem.models.scoring import DecoderScorer
 from tandem.models.sharing import JointModels, RewardModel
 from tandem.models.source import positions
@@ -75,17 +76,22 @@ def compile_models(
     progress.say("compiling the models' layers, which takes up to two minutes the first time")
     samplers = dict.fromkeys([models.policy, sampler])
     trunks = dict.fromkeys([trunk for trunk, _ in reading] + [policy.trunk for policy in samplers])
-    compiled = [CompiledLayers(trunk.layers) for trunk in trunks]
+    compiled: list[CompiledPasses | CompiledLayers] = [
+        CompiledPasses([models.policy, models.reference]),
+        *(CompiledLayers(trunk.layers) for trunk in trunks),
+    ]
     try:
         with progress.console.status("compiling"):
-            _try_out(dict.fromkeys(reading), dict.fromkeys(learning), samplers)
+            texts = _texts(models.policy.trunk)
+            _try_out(dict.fromkeys(reading), dict.fromkeys(learning), samplers, texts)
+            _try_logprobs(models, texts, config.policy.entropy_coefficient > 0)
     except Exception as error:
-        for layers in compiled:
-            layers.undo()
+        for part in compiled:
+            part.undo()
         _cannot(config, error, progress)
     else:
-        for layers in compiled:
-            layers.settle()
+        for part in compiled:
+            part.settle()
 
 
 def _cannot(config: PpoConfig, error: Exception, progress: Progress) -> None:
@@ -97,8 +103,9 @@ def _cannot(config: PpoConfig, error: Exception, progress: Progress) -> None:
     progress.say(f"the layers are not compiled: {said[0]}")
 
 
-def _try_out(reading: Iterable[Model], learning: Iterable[Model], samplers: Iterable[CausalPolicy]) -> None:
-    texts = _texts(next(iter(samplers)).trunk)
+def _try_out(
+    reading: Iterable[Model], learning: Iterable[Model], samplers: Iterable[CausalPolicy], texts: Tokens
+) -> None:
     for trunk, adapter in reading:
         _read(trunk, adapter, texts)
     for trunk, adapter in learning:
@@ -120,8 +127,26 @@ def _read(trunk: Trunk, adapter: str | None, texts: Tokens) -> None:
 
 
 def _learn(trunk: Trunk, adapter: str | None, texts: Tokens) -> None:
-    try:
+    with _nothing_left(trunk):
         trunk.hidden(trunk.prepare(texts, texts.ids.numel()), adapter).sum().backward()
+
+
+def _try_logprobs(models: JointModels, texts: Tokens, entropies: bool) -> None:
+    """As the reference is asked for them, and as the policy is in an update."""
+    reference, policy = models.reference, models.policy
+    with torch.no_grad():
+        reference.logprobs(reference.prepare(texts, texts.ids.numel()))
+    reference.trunk.forget()
+    with _nothing_left(policy.trunk):
+        tokens = policy.prepare(texts, texts.ids.numel())
+        asked = policy.logprobs_and_entropies(tokens) if entropies else [policy.logprobs(tokens)]
+        torch.cat(list(asked)).sum().backward()
+
+
+@contextmanager
+def _nothing_left(trunk: Trunk) -> Iterator[None]:
+    try:
+        yield
     finally:
         trunk.forget()
         for parameter in trunk.model.parameters():
