@@ -13,7 +13,7 @@ from faults.same import differences
 from tandem.cli import main
 from tandem.config import PpoConfig
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.compiling import CompiledLayers
+from tandem.models.compiling import CompiledLayers, CompiledPasses
 from tandem.models.loading import load_causal
 from tandem.models.trunk import Trunk
 from tandem.run.folder import read_metrics
@@ -89,6 +89,38 @@ def test_two_losses_may_ask_one_compiled_pass_for_gradients(tiny):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
     layers.undo()
     assert all("forward" not in vars(layer) for layer in trunk.layers)
+
+
+@needs_compiler
+@pytest.mark.parametrize("entropies", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_compiled_passes_read_logits_as_those_that_are_written(tiny, entropies, trains):
+    """Log-probabilities, entropies and gradients; what was not tried before is computed as it is written."""
+    policy = in_float32(tiny())
+    policy.trunk.model.get_output_embeddings().requires_grad_(trains)
+    weights = list(policy.trunk.layers.requires_grad_(True).parameters())
+    texts = whole_texts([[row + place for place in range(9)] for row in range(5)], [2] * 5)
+    rows = whole_texts([[row + place for place in range(6)] for row in range(3)], [3] * 3)
+    chance = torch.Generator()
+
+    def read(tokens):
+        asked = policy.logprobs_and_entropies(tokens) if entropies else (policy.logprobs(tokens),)
+        upstream = [torch.randn(found.shape, generator=chance.manual_seed(n)) for n, found in enumerate(asked)]
+        loss = sum((found * given).sum() for found, given in zip(asked, upstream, strict=True))
+        return [*asked, *torch.autograd.grad(loss, weights)]
+
+    plain = [read(texts), read(rows)]
+    passes = CompiledPasses([policy])
+    assert policy.passes.whole
+    first = read(texts)
+    passes.settle()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = [first, read(rows)]
+    for one, other in zip(plain, found, strict=True):
+        for expected, tensor in zip(one, other, strict=True):
+            assert torch.allclose(tensor, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    passes.undo()
+    assert not policy.passes.whole
 
 
 def test_only_a_long_run_compiles_by_itself(tiny):

@@ -335,6 +335,16 @@ def test_chunks_have_the_gradient_of_the_whole(head_trains, rows):
         assert torch.allclose(tensor.grad, gradient, atol=1e-5)
 
 
+def test_a_token_that_is_all_but_certain_keeps_its_gradient_in_bfloat16():
+    """Its slope is what is left of one: a difference of two numbers rounded to bfloat16 would be nothing."""
+    logits = torch.tensor([[12.0, 0.0, 1.0]], dtype=torch.bfloat16)
+    targets, exact = torch.zeros(1, dtype=torch.int64), logits.double().requires_grad_()
+    torch.log_softmax(exact, -1)[:, 0].sum().backward()
+    found = algo.Passes().read(logits, targets, with_entropy=False)
+    slope = algo.Passes().slope(logits, targets, found, algo.Upstream(torch.ones(1), None))
+    assert torch.allclose(slope.double(), exact.grad, rtol=0.01, atol=0.0)
+
+
 @PROJECTIONS
 @pytest.mark.usefixtures("few_in_cache")
 def test_entropies_have_the_gradient_of_the_whole(head_trains, rows):

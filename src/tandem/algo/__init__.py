@@ -28,7 +28,7 @@ from tandem.algo.critic import (
 from tandem.algo.diversity import distance_between, distinct_ngrams
 from tandem.algo.histogram import Histogram, histogram_value_loss
 from tandem.algo.kl import AdaptiveKl, KlEstimator, kl_estimate
-from tandem.algo.logits import Passes, put_slope, sums_over_rows
+from tandem.algo.logits import Passes, Upstream, put_slope, sums_over_rows
 from tandem.algo.losses import (
     ClippedLoss,
     a2c_policy_loss,
@@ -65,6 +65,7 @@ __all__ = [
     "Passes",
     "RunningMoments",
     "Sums",
+    "Upstream",
     "a2c_policy_loss",
     "accuracy_by_length",
     "best_of_n_kl_bound",

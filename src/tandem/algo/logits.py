@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NUMBERS_IN_CACHE = 2**20
+_NUMBERS_IN_CACHE = 2**19
 
 
 class Found(NamedTuple):
@@ -36,7 +36,7 @@ def sums_over_rows(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, 
     """Of each row z, [n, 1] float32: its greatest number m, log sum exp(z - m), and the entropy if asked for."""
     z = logits.float()
     greatest = z.amax(-1, keepdim=True)
-    below = z - greatest
+    below = z - greatest if z is logits else z.sub_(greatest)
     if not with_entropy:
         return greatest, below.exp_().sum(-1, keepdim=True).log(), None
     weights = below.exp()
@@ -50,14 +50,16 @@ def put_slope(
     logits: Tensor, normalizers: Tensor, entropies: Tensor | None, of_logprobs: Tensor, of_entropies: Tensor | None
 ) -> None:
     """Overwrite logits [n, V] by their gradient, but for the part of the targets' ones; the others are [n, 1]."""
-    log_p = logits.float() - normalizers
+    log_p = logits.float().sub_(normalizers)
     if of_entropies is None:
-        logits.copy_(log_p.exp_().mul_(-of_logprobs))
-        return
-    assert entropies is not None
-    p = log_p.exp()
-    by_entropy = p * (torch.where(p > 0, log_p, 0.0) + entropies)
-    logits.copy_(-of_logprobs * p - of_entropies * by_entropy)
+        slope = log_p.exp_().mul_(-of_logprobs)
+    else:
+        assert entropies is not None
+        p = log_p.exp()
+        by_entropy = p * (torch.where(p > 0, log_p, 0.0) + entropies)
+        slope = -of_logprobs * p - of_entropies * by_entropy
+    if slope is not logits:
+        logits.copy_(slope)
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,28 @@ class Passes:
         of_logprobs, of_entropies = upstream
         if of_logprobs is None:
             of_logprobs = torch.zeros_like(found.logprobs)
-        by_row = [found.normalizers, found.entropies, of_logprobs, of_entropies]
         for rows in self._blocks(logits):
-            self.put_slope(logits[rows], *(of if of is None else of[rows, None] for of in by_row))
+            entropies, by_entropy = (_column(given, rows) for given in (found.entropies, of_entropies))
+            normalizers, by_logprob = found.normalizers[rows, None], of_logprobs[rows, None]
+            self.put_slope(logits[rows], normalizers, entropies, by_logprob, by_entropy)
         # Where p is nearly one, 1 - p of two rounded numbers would be nothing but rounding.
         at_target = -of_logprobs * torch.expm1(found.logprobs)
         if of_entropies is not None:
             assert found.entropies is not None
             at_target -= of_entropies * found.logprobs.exp() * (found.logprobs + found.entropies)
-        return logits.scatter_(1, targets[:, None], at_target[:, None].to(logits.dtype))
+        # On a CPU torch's scatter would copy all of the logits, twice.
+        logits[torch.arange(len(logits), device=logits.device), targets] = at_target.to(logits.dtype)
+        return logits
 
     def _blocks(self, logits: Tensor) -> Iterator[slice]:
         size = len(logits)
         if logits.is_cpu and not self.whole:
             size = max(1, _NUMBERS_IN_CACHE // logits.shape[1])
         return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+def _column(of_each: Tensor | None, rows: slice) -> Tensor | None:
+    return None if of_each is None else of_each[rows, None]
 
 
 def _joined(of_blocks: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -73,8 +73,8 @@ def _in_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 class _Products(torch.autograd.Function):
     """softmax(queries keys^T + unread) values, for N sets of queries [N, Q, D], keys [N, S, D] and values [N, S, E].
 
-    `unread` is added to what `shape` makes of the scores [N, Q, S]. With a backward pass of its own, since what autograd
-    makes of the forward pass brings a gradient about with its rows and columns exchanged, and takes exponentials again.
+    `unread` is added to what `shape` makes of the scores [N, Q, S]. The backward pass is written out: compiled code for
+    autograd's own takes the exponentials again, and leaves the keys' gradient with rows and columns exchanged.
     """
 
     @staticmethod
