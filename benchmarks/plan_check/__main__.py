@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from plan_check.together import in_several
+from tandem.bench import timed
 from tandem.bench.command import machine
 from tandem.bench.joint_step import recipe
 from tandem.bench.models import make_reward_model, make_shape
@@ -85,7 +86,7 @@ def device_for(case: Case, size: ModelSize) -> Device:
     """This machine as one of the case's processes has it."""
     if case.processes == 1:
         return this_machine(size, "float32", time.process_time)
-    found = in_several(["-m", "plan_check.together", case.workload.model], case.processes)
+    found = in_several([sys.executable, "-m", "plan_check.together", case.workload.model], case.processes)
     return Device(**found[0])
 
 
@@ -107,11 +108,11 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
     reward = folder / f"reward-{Path(workload.model).name}-{workload.sharing}-{workload.upper_layers}"
     if not reward.exists():
         make_reward_model(workload.model, reward, adapters)
-    words = ["-m", "plan_check.step", workload.to_json(), str(reward), str(STEPS)]
+    command = timed.command("plan_check.step", workload.to_json(), str(reward), str(STEPS))
     if case.processes == 1:
-        found = [answer_of([sys.executable, *words])]
+        found = [answer_of(command)]
     else:
-        found = in_several([*words, case.gather], case.processes)
+        found = in_several([*command, case.gather], case.processes)
     seconds = {name: statistics.median(step[f"time/{name}"] for step in found[0]["steps"]) for name in PHASES}
     return {"memory_gib": max(one["peak_memory_gib"] for one in found), "seconds": seconds}
 

@@ -1,4 +1,4 @@
-"""Joint steps in this process: `python -m plan_check.step WORKLOAD REWARD_MODEL STEPS [GATHER]`, JSON out.
+"""Joint steps in this process, by `tandem.bench.timed`: WORKLOAD REWARD_MODEL STEPS [GATHER], JSON out.
 
 Alone, times are the processor's in this process and not the wall's: in one thread they are the same on an idle machine,
 and they stay what they are where other jobs run beside it. One of several processes waits for the others, so its times
@@ -11,13 +11,11 @@ import json
 import sys
 import time
 
-from tandem.allocator import keep_memory
 from tandem.bench.joint_step import measure
 from tandem.bench.workloads import Workload
 from tandem.world import end, join, worker
 
 if __name__ == "__main__":
-    keep_memory()
     workload, reward_model, steps = Workload.from_json(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     if worker():
         join("cpu", replicate=1, checkpointing=False)

@@ -27,13 +27,13 @@ from tandem.world import RENDEZVOUS, end, join, world
 SENT_BYTES = 2**24
 
 
-def in_several(words: Sequence[str], processes: int) -> list[dict[str, Any]]:
-    """What so many processes of `python WORDS` print as their last lines, in JSON. Raises where one fails."""
+def in_several(command: Sequence[str], processes: int) -> list[dict[str, Any]]:
+    """What so many processes of a command print as their last lines, in JSON. Raises where one fails."""
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as folder:
         shared = {"WORLD_SIZE": str(processes), RENDEZVOUS: str(Path(folder) / "rendezvous"), "OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
-                [sys.executable, *words],
+                command,
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
                 stdout=subprocess.PIPE,
                 text=True,
@@ -42,7 +42,7 @@ def in_several(words: Sequence[str], processes: int) -> list[dict[str, Any]]:
         ]
         said = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
-        raise SystemExit(f"{' '.join(words)}: a process failed")
+        raise SystemExit(f"{' '.join(command)}: a process failed")
     return [json.loads(text.strip().splitlines()[-1]) for text in said]
 
 

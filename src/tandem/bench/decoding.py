@@ -1,4 +1,4 @@
-"""Time decoding in this process: `python -m tandem.bench.decoding WORKLOAD BATCHES`, JSON out."""
+"""Time decoding in this process: by `tandem.bench.timed`: WORKLOAD BATCHES, JSON out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tandem.allocator import keep_memory
 from tandem.bench.workloads import Workload
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.compiling import CompiledLayers
@@ -76,5 +75,4 @@ def measure(workload: Workload, batches: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    keep_memory()
     print(json.dumps(measure(Workload.from_json(sys.argv[1]), int(sys.argv[2]))))

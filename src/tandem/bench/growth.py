@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tandem.bench import timed
 from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.rows import answer_of
 from tandem.bench.workloads import Workload
@@ -64,8 +64,8 @@ def _series(
             reward = make_reward_model(str(model), Path(folder) / "reward", None)
             base = Workload("growth", str(model), 16, 16, 64, "float32", threads=threads)
             workload = replace(base, **changes)
-            command = [sys.executable, "-m", "tandem.bench.joint_step", workload.to_json(), str(reward), str(steps)]
-            answer = answer_of(command)
+            words = [workload.to_json(), str(reward), str(steps)]
+            answer = answer_of(timed.command("tandem.bench.joint_step", *words))
         seconds = statistics.median(step["time/step"] for step in answer["steps"])
         found.append({"size": size, "seconds": seconds, "logits_mib": answer["peak_logits_bytes"] / 2**20})
     return {"points": found, "exponent": exponent([(point["size"], point["seconds"]) for point in found])}

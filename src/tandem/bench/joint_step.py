@@ -1,4 +1,4 @@
-"""Time joint steps in this process: `python -m tandem.bench.joint_step WORKLOAD REWARD_MODEL STEPS`, JSON out.
+"""Time joint steps in this process, by `tandem.bench.timed`: WORKLOAD REWARD_MODEL STEPS, JSON out.
 
 The first step is left out: it allocates, and nobody waits for it twice.
 """
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tandem.allocator import keep_memory
 from tandem.bench.counting import counting
 from tandem.bench.decoding import fixed_length_generator, random_prompts
 from tandem.bench.workloads import Workload
@@ -130,5 +129,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    keep_memory()
     print(json.dumps(measure(Workload.from_json(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tandem.bench import timed
 from tandem.bench.arithmetic import decoding_floor, joint_step_flops, learning_flops
 from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.workloads import Precision, Sharing, Workload
@@ -215,7 +215,7 @@ class Bench:
             module, extra = "tandem.bench.joint_step", [str(self._reward_model(workload))]
         else:
             module, extra = "tandem.bench.decoding", []
-        return [sys.executable, "-m", module, workload.to_json(), *extra, steps]
+        return timed.command(module, workload.to_json(), *extra, steps)
 
 
 def answer_of(command: Sequence[str]) -> dict[str, Any]:
