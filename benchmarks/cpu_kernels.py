@@ -1,4 +1,4 @@
-"""What the ways of `tandem.models.attention` and `tandem.models.packing` save on this machine, in milliseconds.
+"""What the ways of `tandem.models` and `tandem.algo.logits` on a CPU save on this machine, in milliseconds.
 
 usage: python benchmarks/cpu_kernels.py
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tandem.algo import Passes, Upstream, put_slope, sums_over_rows
 from tandem.allocator import keep_memory
 from tandem.models.attention import attend_on_cpu
 from tandem.models.packing import packed
@@ -90,10 +91,26 @@ def matrices() -> None:
         print(f"64 rows by a matrix {width} x {height}: as it is {as_is:.3f}, laid out {laid_out:.3f}")
 
 
+def vocabulary(dtype: torch.dtype) -> None:
+    """Log-probabilities of 1,344 tokens from their logits, and the gradient in the logits' place."""
+    chance = torch.Generator().manual_seed(0)
+    logits = torch.randn(1_344, 32_000, generator=chance).to(dtype)
+    targets, upstream = torch.arange(len(logits)), torch.randn(len(logits), generator=chance)
+    compiled = Passes(torch.compile(sums_over_rows, dynamic=True), torch.compile(put_slope, dynamic=True), whole=True)
+
+    def read(passes: Passes) -> None:
+        # What is overwritten is small after a few calls, and takes as long.
+        passes.slope(logits, targets, passes.read(logits, targets, with_entropy=False), Upstream(upstream, None))
+
+    written, by_compiler = in_turn([lambda: read(Passes()), lambda: read(compiled)])
+    print(f"log-probabilities of 1,344 x 32,000 and their slopes, {dtype}: {written:.1f}, compiled {by_compiler:.1f}")
+
+
 if __name__ == "__main__":
     keep_memory()
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
         attention(dtype)
+        vocabulary(dtype)
     one_token()
     matrices()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import pyarrow.parquet
 import torch
 from transformers import AutoModelForCausalLM
 
+from tandem.allocator import peak_memory
 from tandem.cli import main
 from tandem.data.feed import Maker
 from tandem.data.rows import Source
@@ -80,7 +80,7 @@ def run_once(model: str, path: str, words: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         more = ["--sequences_per_minibatch=8", "--steps=3", "--data.too_long=truncate", "--run.trackers=[]"]
         status = main(["sft", f"--model={model}", f"--data.train={path}", f"--run.directory={folder}", *more, *words])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory() / 2**20
     if status != 0:
         raise SystemExit(status)
     return {

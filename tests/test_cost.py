@@ -204,6 +204,19 @@ def test_freed_memory_is_used_again():
     assert int(said) < 10
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's own peak is the process's elsewhere")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    child = "from tandem.allocator import peak_memory; print(peak_memory())"
+    parent = (
+        "import subprocess, sys\nheld = bytearray(2**28)\n"
+        f"print(subprocess.run([sys.executable, '-c', {child!r}], capture_output=True, text=True).stdout)\n{child}"
+    )
+    said = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout
+    of_child, of_parent = map(float, said.split())
+    assert 2**22 < of_child < 2**27
+    assert of_parent > 2**28
+
+
 @pytest.mark.long
 def test_the_bench_command_times_a_model_of_ones_own(tiny, tmp_path, capsys):
     words = ["bench", "--model", str(tiny()), "--only", "decoding", "--rounds", "1", "--steps", "1"]

@@ -1,9 +1,10 @@
-"""How this process takes memory from the system: large pages, and freed memory kept for what comes next."""
+"""How this process takes memory from the system: large pages, and freed memory kept; and how much it took at most."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -31,3 +32,15 @@ def keep_memory() -> None:
     ):
         if variable not in os.environ:
             mallopt(option, value)
+
+
+def peak_memory() -> float:
+    """The most bytes of main memory that this process has held.
+
+    Linux's resource usage will not do: what a process starts with there is the peak of the one that started it.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+            return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)

@@ -36,7 +36,7 @@ def rollout(demand: Demand, layout: Layout) -> Cost:
             ]
         )
     whole = Cost()
-    if layout.generator_copy == "never" and layout.cluster is None and layout.shard > 1:
+    if layout.gathers_to_sample:
         size, weights = demand.policy, demand.policy.parameters * float(demand.width)
         network = layout.collective_seconds(weights, layout.shard, size.layers + 1)
         whole = gathering_beside(Cost(), layout, weights, network)

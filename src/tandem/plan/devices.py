@@ -250,6 +250,6 @@ def _token_seconds(layers: int, timer: Timer) -> float:
 
 def _runtime_gib() -> float:
     """What a process holds that has loaded the libraries and no model, of a process that does just that."""
-    code = "import tandem.stages.joint_setup, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = "import tandem.stages.joint_setup, tandem.allocator; print(tandem.allocator.peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout) / (2**30 if sys.platform == "darwin" else 2**20)
+    return float(done.stdout) / 2**30

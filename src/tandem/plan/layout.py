@@ -64,6 +64,11 @@ class Layout:
         return self.gpus // self.shard
 
     @property
+    def gathers_to_sample(self) -> bool:
+        """Whether the policy that trains, cut over several GPUs, is gathered from them to sample: whole or by layer."""
+        return self.shard > 1 and self.generator_copy == "never" and self.cluster is None
+
+    @property
     def gpus_asked_for(self) -> int:
         """GPUs of all processes together."""
         cluster = self.cluster

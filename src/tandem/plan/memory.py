@@ -122,7 +122,7 @@ def _whole_while_sampling(demand: Demand, layout: Layout) -> dict[str, float]:
     """The policy's weights once more: gathered from all GPUs, or held by a generator that gives them back."""
     if layout.generator_copy == "while sampling":
         return {"generator's weights": _generators_weights(demand, layout)}
-    if layout.generator_copy == "always" or layout.shard == 1:
+    if not layout.gathers_to_sample:
         return {}
     return {"policy gathered whole": demand.policy.parameters * demand.width * (1 - 1 / layout.shard)}
 
@@ -130,7 +130,7 @@ def _whole_while_sampling(demand: Demand, layout: Layout) -> dict[str, float]:
 def samples_by_layer(demand: Demand, layout: Layout) -> bool:
     """Whether the GPUs that train gather a layer of the policy at a time to sample, as the generator decides it: from
     what is free once all that trains is held."""
-    if layout.gpus == 1 or layout.generator_copy != "never" or layout.cluster is not None:
+    if not layout.gathers_to_sample:
         return False
     held = _weights_and_state(demand, layout)
     whole = float(demand.policy.parameters * demand.width) + held.get("adapters", 0.0)

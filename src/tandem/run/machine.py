@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import sys
 from typing import Any
 
 import torch
 import transformers
 
 import tandem
+from tandem.allocator import peak_memory
 from tandem.world import world
 
 
@@ -29,7 +29,7 @@ def _resident_bytes() -> float:
         with open("/proc/self/statm", encoding="ascii") as pages:
             return float(pages.read().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+        return peak_memory()
 
 
 def free_memory(device: torch.device) -> float:
@@ -50,9 +50,8 @@ def free_memory(device: torch.device) -> float:
 
 def machine_record(device: torch.device) -> dict[str, Any]:
     """Peak memory of this process (and of the device, where it has its own), versions, processor."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20
     record: dict[str, Any] = {
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+        "peak_memory_gib": peak_memory() / 2**30,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "versions": {
