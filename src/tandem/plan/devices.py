@@ -34,7 +34,7 @@ class Device:
     `product_share`, `bandwidth_share`, `link_share`; `layer_seconds` of calling one layer whose work is nothing, from
     Python, and `graph_layer_seconds` where the calls were recorded (vLLM's CUDA graphs); `pass_seconds` of what a pass
     calls beside its layers, sampling from its logits among it; `hop_seconds` of the least collective among the GPUs of
-    a machine.
+    a machine. `reserve_share` of what comes and goes is held by the allocator and cannot be handed out.
 
     Of the machine around it, bytes/s: `host_bandwidth` of one copy in main memory or between it and a GPU, `ethernet`
     of what goes between machines from one main memory to another.
@@ -54,6 +54,7 @@ class Device:
     pass_seconds: float = 1e-3
     graph_layer_seconds: float = 20e-6
     hop_seconds: float = 25e-6
+    reserve_share: float = 0.1
     host_bandwidth: float = 10e9
     ethernet: float = 10e9
     is_gpu: bool = True
@@ -187,6 +188,8 @@ def _timed(
     return choice(seconds[2:])
 
 
+# A heap that keeps what is freed is not used up between what stays: set by `make plan-check`.
+_HOLES_OF_A_HEAP = 0.25
 # A machine that others share does not keep its pace from one moment to the next.
 _LOOKED_AT_SECONDS = 1.0
 
@@ -207,6 +210,7 @@ def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_count
         bandwidth_share=1.0,
         layer_seconds=a_layer,
         pass_seconds=a_pass,
+        reserve_share=_HOLES_OF_A_HEAP,
         is_gpu=False,
     )
 
@@ -249,7 +253,12 @@ def _token_seconds(layers: int, timer: Timer) -> float:
 
 
 def _runtime_gib() -> float:
-    """What a process holds that has loaded the libraries and no model, of a process that does just that."""
-    code = "import tandem.stages.joint_setup, tandem.allocator; print(tandem.allocator.peak_memory())"
+    """What a process holds that has loaded the libraries and trained a model of next to no size, by one that does."""
+    code = (
+        "import tandem.stages.ppo, torch; from tandem.allocator import peak_memory\n"
+        "from tandem.plan.devices import narrow_model; model = narrow_model(1)\n"
+        "model(input_ids=torch.zeros(1, 8, dtype=torch.int64)).logits.sum().backward()\n"
+        "torch.optim.AdamW(model.parameters()).step(); print(peak_memory())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout) / 2**30

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tandem.config import gathers_by_layer
 from tandem.plan.arithmetic import activation_bytes, cache_bytes, working_bytes
 from tandem.plan.demand import Demand
+from tandem.plan.devices import Device
 from tandem.plan.layout import Layout
 from tandem.plan.model_size import ModelSize
 
@@ -15,8 +16,6 @@ from tandem.plan.model_size import ModelSize
 LOGITS_PER_CHUNK = 2**26
 # Tokens that vLLM reads at once, at most (0.32; fewer on smaller cards).
 VLLM_TOKENS = 16_384
-# What the allocator holds and cannot hand out, as a share of what comes and goes.
-RESERVE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,12 @@ def memory_of(demand: Demand, layout: Layout) -> Memory:
     """What one GPU that trains holds, the fullest of them."""
     layers = {"gathered layers": _gathered(demand)} if layout.shard > 1 else {}
     by_phase = {
-        "evaluate": with_reserve(_evaluate(demand, layout)) | layers,
-        "update": with_reserve(_update(demand, layout)) | layers,
+        "evaluate": with_reserve(_evaluate(demand, layout), layout.device) | layers,
+        "update": with_reserve(_update(demand, layout), layout.device) | layers,
     }
     if layout.cluster is None:
         weights = layers if samples_by_layer(demand, layout) else _whole_while_sampling(demand, layout)
-        by_phase["rollout"] = with_reserve(sampling_bytes(demand, layout)) | weights
+        by_phase["rollout"] = with_reserve(sampling_bytes(demand, layout), layout.device) | weights
     state = _state_copies(demand, layout)
     staying = {**_weights_and_state(demand, layout), "libraries": layout.device.runtime_gib * 2**30}
     if not layout.device.is_gpu:
@@ -58,10 +57,10 @@ def memory_of(demand: Demand, layout: Layout) -> Memory:
     return Memory({name: held for name, held in staying.items() if held}, by_phase, state)
 
 
-def with_reserve(part: Mapping[str, float]) -> dict[str, float]:
+def with_reserve(part: Mapping[str, float], device: Device) -> dict[str, float]:
     """What comes and goes, with what the allocator holds beside it."""
     kept = {name: held for name, held in part.items() if held}
-    return {**kept, "allocator reserve": RESERVE_SHARE * sum(kept.values())}
+    return {**kept, "allocator reserve": device.reserve_share * sum(kept.values())}
 
 
 def _weights_and_state(demand: Demand, layout: Layout) -> dict[str, float]:
@@ -154,7 +153,7 @@ def _evaluate(demand: Demand, layout: Layout) -> dict[str, float]:
     largest = max([demand.policy, *demand.rewards], key=lambda size: working_bytes(size, demand.width))
     tokens = microbatch_tokens(demand, demand.sequences, layout)
     return {
-        "working set": tokens * working_bytes(largest, demand.width) + logits_bytes(demand, tokens),
+        "working set": tokens * working_bytes(largest, demand.width) + logits_bytes(demand, layout, tokens),
         "shared activations": 2 * _shared_activations(demand, layout),
     }
 
@@ -166,11 +165,11 @@ def microbatch_tokens(demand: Demand, sequences: int, layout: Layout) -> float:
     return max(of_one, min(demand.tokens_per_microbatch // of_one * of_one, there))
 
 
-def logits_bytes(demand: Demand, tokens: float) -> float:
-    """One chunk of logits: as they come, in float32, and on a GPU the log-softmax beside them."""
+def logits_bytes(demand: Demand, layout: Layout, tokens: float) -> float:
+    """One chunk of logits as they come, and on a GPU in float32 beside them; a processor makes a block of that."""
     size, lengths = demand.policy, demand.lengths
     rows = min(tokens * lengths.longest_response / lengths.longest, LOGITS_PER_CHUNK // size.vocabulary)
-    return rows * size.vocabulary * (4.0 if demand.width == 4 else demand.width + 8.0)
+    return rows * size.vocabulary * (demand.width + 4.0 * layout.device.is_gpu)
 
 
 def _shared_activations(demand: Demand, layout: Layout) -> float:
@@ -207,7 +206,7 @@ def _learning(
     return {
         "gradients": gradients,
         "activations": tokens * (kept + of_layer),
-        "working set": (logits_bytes(demand, tokens) if projects else 0.0) + embedding,
+        "working set": (logits_bytes(demand, layout, tokens) if projects else 0.0) + embedding,
         "shared activations": _shared_activations(demand, layout),
     }
 

@@ -110,7 +110,7 @@ def _memory_of_generator(demand: Demand, layout: Layout, cluster: Cluster) -> Me
     whole = float(demand.policy.parameters * demand.width)
     staying = {"generator's weights": whole, "libraries": cluster.generators.device.runtime_gib * 2**30}
     sampling = sampling_bytes(_task_of_generator(demand, cluster), _generator(layout, cluster))
-    phases: dict[str, Mapping[str, float]] = {"rollout": with_reserve(sampling)}
+    phases: dict[str, Mapping[str, float]] = {"rollout": with_reserve(sampling, cluster.generators.device)}
     if layout.cache_gib is not None:
         phases["start"] = {"policy as it was loaded": whole, "keys and values": layout.cache_gib * 2**30}
     return Memory(staying, phases, {})
@@ -123,4 +123,4 @@ def _memory_of_scorer(demand: Demand, cluster: Cluster) -> Memory:
     tokens = microbatch_tokens(_task_of_scorer(demand, cluster), cluster.samples_per_task, _alone(cluster.scorers))
     working = max((tokens * working_bytes(size, demand.width) for size in models), default=0.0)
     staying = {"reward models": held, "libraries": device.runtime_gib * 2**30}
-    return Memory(staying, {"score": with_reserve({"working set": working})}, {})
+    return Memory(staying, {"score": with_reserve({"working set": working}, device)}, {})
