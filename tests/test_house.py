@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tandem"
-FOUNDATION = {"types", "errors", "config", "pipeline_config", "consistency", "recipe", "text", "world", "__init__"}
+FOUNDATION = {
+    "allocator",
+    "types",
+    "errors",
+    "config",
+    "pipeline_config",
+    "consistency",
+    "recipe",
+    "text",
+    "world",
+    "__init__",
+}
 MIDDLE = {"cluster", "data", "models", "rollout", "rewards", "engine", "run", "health", "view", "plan"}
 ALLOWED = {
     "types": set(),

@@ -291,7 +291,7 @@ def test_another_chat_template_stops_it(before_ppo, capsys):
 
 
 def test_sft_that_makes_the_base_worse_stops_it(tiny, tmp_path, capsys):
-    words = words_of(tiny(), tmp_path, tmp_path / "run", "--sft.optimizer.lr=1.0", "--sft.epochs=1")
+    words = words_of(tiny(), tmp_path, tmp_path / "run", "--sft.optimizer.lr=50.0", "--sft.epochs=1")
     assert main(words) == 1
     assert "it must fall: lower sft.optimizer.lr" in capsys.readouterr().err
     assert not (tmp_path / "run" / "reward").exists()
