@@ -78,9 +78,9 @@ class Passes:
     def read(self, logits: Tensor, targets: Tensor, *, with_entropy: bool) -> Found:
         """What logits [n, V] say of targets [n] int64."""
         found = [self.sums_over_rows(logits[rows], with_entropy) for rows in self._blocks(logits)]
-        greatest, log_sums, entropies = (_joined(of_all) for of_all in zip(*found, strict=True))
-        assert greatest is not None
-        assert log_sums is not None
+        of_blocks = list(zip(*found, strict=True))
+        greatest, log_sums = (torch.cat(of_all).squeeze(1) for of_all in of_blocks[:2])
+        entropies = torch.cat(of_blocks[2]).squeeze(1) if with_entropy else None
         chosen = logits.gather(1, targets[:, None]).squeeze(1).float()
         return Found((chosen - greatest) - log_sums, greatest + log_sums, entropies)
 
@@ -112,8 +112,3 @@ class Passes:
 
 def _column(of_each: Tensor | None, rows: slice) -> Tensor | None:
     return None if of_each is None else of_each[rows, None]
-
-
-def _joined(of_blocks: tuple[Tensor | None, ...]) -> Tensor | None:
-    given = [of_block for of_block in of_blocks if of_block is not None]
-    return torch.cat(given).squeeze(1) if given else None

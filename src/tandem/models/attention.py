@@ -63,6 +63,8 @@ def _in_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     key_heads, read = key.shape[1], key.shape[2]
     if mask is None:
         mask = torch.ones(length, read, dtype=torch.bool, device=query.device).tril(read - length)
+    else:
+        mask = mask.unsqueeze(2)
     unread = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, _least(query))
     queries = (query * scaling).reshape(rows * key_heads, -1, width)
     keys, values = (given.reshape(rows * key_heads, read, -1) for given in (key, value))
@@ -82,8 +84,7 @@ class _Products(torch.autograd.Function):
         ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, unread: Tensor, shape: tuple[int, ...]
     ) -> Tensor:
         scores = torch.bmm(queries, keys.transpose(1, 2))
-        shared = unread.unsqueeze(-3) if unread.dim() == 4 else unread
-        p = torch.softmax(scores.view(shape) + shared, dim=-1).to(scores.dtype).view(scores.shape)
+        p = torch.softmax(scores.view(shape) + unread, dim=-1).to(scores.dtype).view(scores.shape)
         ctx.save_for_backward(queries, keys, values, p)
         return torch.bmm(p, values)
 

@@ -78,7 +78,6 @@ class CompiledPasses:
 
     def __init__(self, policies: Iterable[CausalPolicy]) -> None:
         self._policies = tuple(policies)
-        self._before = [policy.passes for policy in self._policies]
         self._passes = Passes(
             sums_over_rows=torch.compile(sums_over_rows, dynamic=True),
             put_slope=torch.compile(put_slope, dynamic=True),
@@ -94,8 +93,7 @@ class CompiledPasses:
 
     def undo(self) -> None:
         """Let all be computed as it is written."""
-        for policy, passes in zip(self._policies, self._before, strict=True):
-            policy.passes = passes
+        self._hand_over(Passes())
 
     def _hand_over(self, passes: Passes) -> None:
         for policy in self._policies:
