@@ -328,7 +328,7 @@ def test_chunks_have_the_gradient_of_the_whole(head_trains, rows):
     trained = [tensor for tensor in (states, weight) if tensor.requires_grad]
     exact = torch.log_softmax(states @ weight.T, -1).gather(1, targets[:, None]).squeeze(1)
     expected = torch.autograd.grad((exact * upstream).sum(), trained)
-    found = algo.projected_logprobs(states, targets, lambda part, _: part @ weight.T, rows, head_trains=head_trains)
+    found, _ = algo.projected_logprobs(states, targets, lambda part, _: part @ weight.T, rows, head_trains=head_trains)
     assert torch.allclose(found.double(), exact, atol=1e-6)
     (found * upstream.float()).sum().backward()
     for tensor, gradient in zip(trained, expected, strict=True):
@@ -360,7 +360,7 @@ def test_entropies_have_the_gradient_of_the_whole(head_trains, rows):
     exact = logprobs.gather(1, targets[:, None]).squeeze(1)
     entropies = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0.0)).sum(-1)
     expected = torch.autograd.grad((exact * upstream[0] + entropies * upstream[1]).sum(), trained)
-    found = algo.projected_logprobs_and_entropies(states, targets, logits_of, rows, head_trains=head_trains)
+    found = algo.projected_logprobs(states, targets, logits_of, rows, with_entropy=True, head_trains=head_trains)
     assert torch.allclose(found[1].double(), entropies, atol=1e-6)
     (found[0] * upstream[0].float() + found[1] * upstream[1].float()).sum().backward()
     for tensor, gradient in zip(trained, expected, strict=True):
@@ -378,8 +378,8 @@ def test_a_chunk_in_its_own_precision_has_the_gradient_but_for_its_rounding(head
         leaves = [
             tensor.detach().bfloat16().to(dtype).requires_grad_(tensor.requires_grad) for tensor in (states, weight)
         ]
-        found = algo.projected_logprobs_and_entropies(
-            leaves[0], targets, lambda part, _: part @ leaves[1].T, rows, head_trains=head_trains
+        found = algo.projected_logprobs(
+            leaves[0], targets, lambda part, _: part @ leaves[1].T, rows, head_trains=head_trains, with_entropy=True
         )
         (found[0] * upstream[0] + found[1] * upstream[1]).sum().backward()
         return [leaf.grad.double() for leaf in leaves if leaf.requires_grad]

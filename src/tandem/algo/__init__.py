@@ -46,7 +46,7 @@ from tandem.algo.losses import (
 )
 from tandem.algo.masked import Sums, masked_mean, masked_std, masked_sum
 from tandem.algo.moments import RunningMoments
-from tandem.algo.projection import projected_logprobs, projected_logprobs_and_entropies
+from tandem.algo.projection import projected_logprobs
 from tandem.algo.ranking import ByLength, accuracy_by_length, preference_calibration_error, right_order
 from tandem.algo.repetition import repeated_ngrams
 from tandem.algo.sampling import sample, token_logprobs, truncate
@@ -101,7 +101,6 @@ __all__ = [
     "prefix_preference_loss",
     "probability_ratio",
     "projected_logprobs",
-    "projected_logprobs_and_entropies",
     "put_slope",
     "repeated_ngrams",
     "right_order",

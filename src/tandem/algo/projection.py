@@ -23,44 +23,17 @@ def projected_logprobs(
     logits_of: LogitsOf,
     rows_per_chunk: int,
     *,
+    with_entropy: bool = False,
     head_trains: bool = True,
     passes: Passes = AS_WRITTEN,
-) -> Tensor:
-    """log softmax(logits_of(states, targets))[target], a chunk of rows at a time.
-
-    states [N, H], targets [N] int64 -> [N] float32. `logits_of` maps [n, H] and [n] to logits [n, V], each row from
-    its own state; parameters inside it receive gradients where `head_trains`. What exists of the size [n, V] at one
-    time is a few copies of one chunk, whatever N is. `passes` says how they are read.
-    """
-    return _in_chunks(states, targets, logits_of, rows_per_chunk, head_trains, passes, with_entropy=False)[0]
-
-
-def projected_logprobs_and_entropies(
-    states: Tensor,
-    targets: Tensor,
-    logits_of: LogitsOf,
-    rows_per_chunk: int,
-    *,
-    head_trains: bool = True,
-    passes: Passes = AS_WRITTEN,
-) -> tuple[Tensor, Tensor]:
-    """As `projected_logprobs`, with the entropy of each whole distribution in nats: [N] and [N] float32."""
-    logprobs, entropies = _in_chunks(states, targets, logits_of, rows_per_chunk, head_trains, passes, with_entropy=True)
-    assert entropies is not None
-    return logprobs, entropies
-
-
-def _in_chunks(
-    states: Tensor,
-    targets: Tensor,
-    logits_of: LogitsOf,
-    rows_per_chunk: int,
-    head_trains: bool,
-    passes: Passes,
-    *,
-    with_entropy: bool,
 ) -> Read:
-    """Each chunk by the way that makes its backward pass cheapest."""
+    """log softmax(logits_of(states, targets))[target], and each whole distribution's entropy in nats if asked for.
+
+    states [N, H], targets [N] int64 -> [N] float32 each. `logits_of` maps [n, H] and [n] to logits [n, V], each row
+    from its own state; parameters inside it receive gradients where `head_trains`. Rows go a chunk at a time, each by
+    the way that makes its backward pass cheapest: what exists of the size [n, V] at one time is a few copies of one
+    chunk, whatever N is. `passes` says how they are read.
+    """
 
     def of_chunk(part: Tensor, ids: Tensor) -> Read:
         if not torch.is_grad_enabled():

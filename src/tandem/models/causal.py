@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.algo import Passes, projected_logprobs, projected_logprobs_and_entropies, truncate
+from tandem.algo import Passes, projected_logprobs, truncate
 from tandem.errors import InputError
 from tandem.models.cache import roomy_cache
 from tandem.models.packing import packed
@@ -79,16 +79,20 @@ class CausalPolicy:
         states = hidden[rows, tokens.response_positions[mask] - 1]
         targets = tokens.response_ids[mask]
         rows_per_chunk = max(1, _LOGITS_PER_CHUNK // self._head.weight.shape[0])
-        how: dict[str, Any] = {"head_trains": self._head.weight.requires_grad, "passes": self.passes}
 
         def laid_out(found: Tensor) -> Tensor:
             return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, found)
 
-        if not entropies:
-            found = projected_logprobs(states, targets, self._scoring_logits, rows_per_chunk, **how)
-            return laid_out(found), None
-        both = projected_logprobs_and_entropies(states, targets, self._scoring_logits, rows_per_chunk, **how)
-        return laid_out(both[0]), laid_out(both[1])
+        logprobs, in_nats = projected_logprobs(
+            states,
+            targets,
+            self._scoring_logits,
+            rows_per_chunk,
+            with_entropy=entropies,
+            head_trains=self._head.weight.requires_grad,
+            passes=self.passes,
+        )
+        return laid_out(logprobs), None if in_nats is None else laid_out(in_nats)
 
     def _scoring_logits(self, states: Tensor, targets: Tensor) -> Tensor:
         """Logits of the policy's distribution, in which the targets always stay: [N, H], [N] -> [N, V]."""
