@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tandem.bench.workloads import Workload
 from tandem.plan.arithmetic import adapted_share, head_flops, trunk_flops
-from tandem.plan.devices import Ceilings
+from tandem.plan.devices import Pace
 from tandem.plan.model_size import ModelSize
 
 
@@ -44,11 +44,11 @@ def joint_step_flops(size: ModelSize, workload: Workload) -> float:
     return decoding_flops(size, workload) + measuring + learning_flops(size, workload)
 
 
-def decoding_floor(size: ModelSize, workload: Workload, ceilings: Ceilings) -> float:
-    """Seconds that a batch takes at the ceilings: the prompts' products, then for each token the slower of
+def decoding_floor(size: ModelSize, workload: Workload, pace: Pace) -> float:
+    """Seconds that a batch takes at this pace: the prompts' products, then for each token the slower of
     multiplying the rows and reading the weights and the keys and values so far."""
     rows, width = workload.sequences, 2 if workload.precision == "bfloat16" else 4
     weights = size.trunk + size.head
-    prompts = 2.0 * size.trunk * rows * workload.prompt_tokens / ceilings.flops
-    arithmetic = 2.0 * rows * weights / ceilings.flops
-    return prompts + workload.response_tokens * max(arithmetic, weights * width / ceilings.bandwidth)
+    prompts = 2.0 * size.trunk * rows * workload.prompt_tokens / pace.flops
+    arithmetic = 2.0 * rows * weights / pace.flops
+    return prompts + workload.response_tokens * max(arithmetic, weights * width / pace.bandwidth)

@@ -54,6 +54,7 @@ def run_bench(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     """
     device = pick_device(settings.device)
     threads = settings.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
     rows = chosen_rows(settings, device, threads, progress)
     pythons = interpreters(settings)
     record = earlier(settings.out, machine(device, threads))

@@ -20,9 +20,11 @@ Absolute times are of one machine at one time: quote ratios.
 
 {machine}
 
-*Limit* is the time that the work would take if nothing were computed twice and every product ran at the fastest rate
-that a matrix product of the model's width reached on this machine just then (for decoding: or, where that is slower, if
-the weights were read once a token at the rate at which memory is read); *share* is how near Tandem comes to it.
+*Limit* is the time that the work would take if nothing were computed twice and every product ran as fast as products of
+the model's width with 2,048 rows did on this machine in those minutes (for decoding: or, where that is slower, if the
+weights were read once a token at the rate at which memory is read); *share* is how near Tandem comes to it, and *at the
+limit* how many times faster than the peer it would be there. *Products* is that rate, looked at before and after each
+side of each round: its mean, least and greatest. A machine that others share does not keep it.
 """
 
 GPU = """## On a GPU
@@ -57,8 +59,11 @@ def page(record: Mapping[str, Any]) -> str:
 
 def _table(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
     unit = "s a step" if kind == STEP else "tokens/s"
-    lines = [f"| work | precision | Tandem, {unit} | share of the limit | peers: {unit} | times faster | memory |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        f"| work | precision | Tandem, {unit} | share of the limit | peers: {unit} | times faster | at the limit | "
+        "products, TFLOP/s | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         work, ours = row["workload"], row["tandem"]
         size = f"{work['sequences']} x ({work['prompt_tokens']} + {work['response_tokens']})"
@@ -70,6 +75,8 @@ def _table(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
             f"{ours['share_of_limit']:.0%}",
             "; ".join(f"{peer['version']} {_speed(kind, row, peer)}" for peer in peers) or "-",
             "; ".join(_ratio(peer["ratios"]) for peer in peers) or "-",
+            "; ".join(f"{peer['seconds'] / row['seconds_at_the_limit']:.1f}" for peer in peers) or "-",
+            _products(row["gigaflops_per_second"]),
             _memory(row),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -82,6 +89,11 @@ def _speed(kind: str, row: Mapping[str, Any], side: Mapping[str, Any]) -> str:
 
 def _ratio(found: Sequence[float]) -> str:
     return f"**{statistics.median(found):.1f}** ({min(found):.1f} to {max(found):.1f})"
+
+
+def _products(paces: Sequence[float]) -> str:
+    usual, least, most = statistics.mean(paces) / 1e3, min(paces) / 1e3, max(paces) / 1e3
+    return f"{usual:.2f} ({least:.2f} to {most:.2f})"
 
 
 def _memory(row: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.workloads import Precision, Sharing, Workload
 from tandem.config import AdapterSection
 from tandem.errors import RunError
-from tandem.plan.devices import Ceilings, measure_ceilings
+from tandem.plan.devices import Pace, measure_pace
 from tandem.plan.model_size import ModelSize
 from tandem.plan.shapes import SHAPES
 
@@ -130,7 +130,6 @@ class Bench:
         self._steps = steps
         self._say = say
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-bench-")
-        self._ceilings: dict[tuple[int, str], Ceilings] = {}
 
     def __enter__(self) -> Bench:
         return self
@@ -139,35 +138,42 @@ class Bench:
         self._folder.cleanup()
 
     def run(self, row: Row) -> dict[str, Any]:
-        """Every side in turn, round by round; what was found, as it goes into the page."""
+        """Every side in turn, round by round; what was found, as it goes into the page.
+
+        How fast the machine is, is looked at before and after each side.
+        """
         workload = row.workload.at(self._model(row.workload.model))
+        size = ModelSize.of(workload.model)
         sides = ["tandem", *(peer for peer in row.peers if peer in self._pythons)]
-        found = {side: Measured() for side in sides}
+        found, paces = {side: Measured() for side in sides}, [pace_now(size, workload)]
         for number in range(self._rounds):
             for side in sides:
                 self._say(f"{row.kind}, {workload.name}, {workload.precision}: {side}, round {number + 1}")
                 found[side].add(answer_of(self._command(row.kind, side, workload)))
-        return self._record(row, workload, found)
+                paces.append(pace_now(size, workload))
+        return self._record(row, workload, found, paces)
 
-    def _record(self, row: Row, workload: Workload, found: dict[str, Measured]) -> dict[str, Any]:
+    def _record(
+        self, row: Row, workload: Workload, found: dict[str, Measured], paces: Sequence[Pace]
+    ) -> dict[str, Any]:
         ours, size = found["tandem"], ModelSize.of(workload.model)
-        ceilings = self._ceilings_of(size, workload)
+        pace = over_all(paces)
         shares: dict[str, float] = {}
         if row.kind == STEP:
             flops: float | None = (needed := joint_step_flops(size, workload))
-            floor = needed / ceilings.flops
-            learning = learning_flops(size, workload) / ceilings.flops
+            floor = needed / pace.flops
+            learning = learning_flops(size, workload) / pace.flops
             shares["share_of_limit_in_update"] = learning / statistics.median(ours.phases["update"])
         else:
-            flops, floor = None, decoding_floor(size, workload, ceilings)
+            flops, floor = None, decoding_floor(size, workload, pace)
         shares["share_of_limit"] = floor / ours.seconds
         return {
             "kind": row.kind,
             "workload": json.loads(row.workload.to_json()),
             "tokens": workload.response_total,
             "gigaflops": None if flops is None else flops / 1e9,
-            "gigaflops_per_second_at_most": ceilings.flops / 1e9,
-            "gigabytes_per_second_at_most": ceilings.bandwidth / 1e9,
+            "gigaflops_per_second": [found.flops / 1e9 for found in paces],
+            "gigabytes_per_second": [found.bandwidth / 1e9 for found in paces],
             "seconds_at_the_limit": floor,
             "tandem": self._side(ours) | shares,
             "peers": {
@@ -187,12 +193,6 @@ class Bench:
             "phases": phases,
             "peak_memory_gib": side.peak_memory_gib,
         }
-
-    def _ceilings_of(self, size: ModelSize, workload: Workload) -> Ceilings:
-        key = (size.hidden, workload.precision)
-        if key not in self._ceilings:
-            self._ceilings[key] = measure_ceilings(size, workload.precision, workload.device)
-        return self._ceilings[key]
 
     def _model(self, name: str) -> Path:
         folder = Path(self._folder.name) / name
@@ -225,6 +225,19 @@ def answer_of(command: Sequence[str]) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise RunError(f"{command[0]} {command[1]} {command[2][:40]}... ended with {done.returncode}: {last}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def pace_now(size: ModelSize, workload: Workload) -> Pace:
+    """What products of the model's width and reading memory usually reach just now."""
+    return measure_pace(size, workload.precision, workload.device, seconds=0.3)
+
+
+def over_all(paces: Sequence[Pace]) -> Pace:
+    """What the machine reached over a row, as long at each pace."""
+    return Pace(
+        statistics.mean(found.flops for found in paces),
+        statistics.mean(found.bandwidth for found in paces),
+    )
 
 
 def ratios(peer: Measured, ours: Measured) -> list[float]:

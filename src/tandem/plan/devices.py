@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -134,28 +134,21 @@ def device_of(name: str, size: ModelSize, precision: str) -> Device:
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What this machine reaches at its best: FLOP/s of a matrix product, bytes/s of reading memory."""
+class Pace:
+    """How fast this machine is just now: FLOP/s of a matrix product, bytes/s of reading memory."""
 
     flops: float
     bandwidth: float
 
 
 Timer = Callable[[], float]
-# Of repeated timings: which one is taken.
-Choice = Callable[[Sequence[float]], float]
 
 
-def measure_ceilings(
-    size: ModelSize,
-    precision: str,
-    device: str,
-    timer: Timer = time.perf_counter,
-    choice: Choice = min,
-    least_seconds: float = 0.0,
-) -> Ceilings:
-    """The fastest of products of the model's own width with 2,048 rows, and of summing 256 MiB, each tried for so many
-    seconds at least."""
+def measure_pace(
+    size: ModelSize, precision: str, device: str, timer: Timer = time.perf_counter, seconds: float = 1.0
+) -> Pace:
+    """What products of the model's own width with 2,048 rows usually reach, and summing 256 MiB, each looked at for so
+    many seconds: a machine that others share does not keep its pace from one moment to the next."""
     dtype = getattr(torch, precision)
     inner = size.hidden
     best = 0.0
@@ -163,48 +156,45 @@ def measure_ceilings(
         left = torch.randn(2048, inner, dtype=dtype, device=device)
         right = torch.randn(outer, inner, dtype=dtype, device=device)
         product = partial(torch.nn.functional.linear, left, right)
-        seconds = _timed(product, device, timer, choice, least_seconds=least_seconds)
-        best = max(best, 2 * 2048 * inner * outer / seconds)
+        best = max(best, 2 * 2048 * inner * outer / usual_seconds(product, timer, device, 7, seconds))
     block = torch.randn(2**26, device=device)
-    return Ceilings(best, block.numel() * 4 / _timed(block.sum, device, timer, choice, least_seconds=least_seconds))
+    return Pace(best, block.numel() * 4 / usual_seconds(block.sum, timer, device, 7, seconds))
 
 
-def _timed(
+def usual_seconds(
     work: Callable[[], object],
-    device: str,
-    timer: Timer,
-    choice: Choice,
-    tries: int = 7,
+    timer: Timer = time.perf_counter,
+    device: str = CPU,
+    tries: int = 30,
     least_seconds: float = 0.0,
 ) -> float:
+    """The median of so many times at least, and for so long, without the first two."""
     seconds: list[float] = []
     end = time.perf_counter() + least_seconds
     while len(seconds) < tries or time.perf_counter() < end:
         start = timer()
         work()
-        if device != "cpu":
+        if device != CPU:
             torch.cuda.synchronize()
         seconds.append(timer() - start)
-    return choice(seconds[2:])
+    return statistics.median(seconds[2:])
 
 
 # A heap that keeps what is freed is not used up between what stays: set by `make plan-check`.
 _HOLES_OF_A_HEAP = 0.25
-# A machine that others share does not keep its pace from one moment to the next.
-_LOOKED_AT_SECONDS = 1.0
 
 
 def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_counter) -> Device:
     """This machine's processor: its memory, what it usually reaches at the model's width, and what calls cost."""
-    ceilings = measure_ceilings(size, precision, CPU, timer, statistics.median, _LOOKED_AT_SECONDS)
+    pace = measure_pace(size, precision, CPU, timer)
     a_pass, a_layer = calling_seconds(lambda layers: _token_seconds(layers, timer))
     return Device(
         name=CPU,
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
-        flops=ceilings.flops,
-        bandwidth=ceilings.bandwidth,
-        link=ceilings.bandwidth,
-        network=ceilings.bandwidth,
+        flops=pace.flops,
+        bandwidth=pace.bandwidth,
+        link=pace.bandwidth,
+        network=pace.bandwidth,
         runtime_gib=_runtime_gib(),
         product_share=1.0,
         bandwidth_share=1.0,
@@ -237,11 +227,6 @@ def narrow_model(layers: int) -> LlamaForCausalLM:
         pad_token_id=None,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def usual_seconds(work: Callable[[], object], timer: Timer = time.perf_counter) -> float:
-    """On the processor, the median of many times."""
-    return _timed(work, CPU, timer, statistics.median, tries=30)
 
 
 def _token_seconds(layers: int, timer: Timer) -> float:
