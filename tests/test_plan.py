@@ -26,7 +26,7 @@ from tandem.models.trunk import Trunk
 from tandem.plan.advice import engines_beside, generators_of_their_own, what_would_be_faster, what_would_fit
 from tandem.plan.arithmetic import activation_bytes, cache_bytes
 from tandem.plan.demand import Demand, Lengths, demand_of
-from tandem.plan.devices import DEVICES, gpus_asked_for
+from tandem.plan.devices import DEVICES, AttentionPace, gpus_asked_for, measure_attention
 from tandem.plan.layout import Layout
 from tandem.plan.memory import memory_of, samples_by_layer
 from tandem.plan.model_size import ModelSize
@@ -187,6 +187,35 @@ def test_cut_over_more_gpus_each_holds_less_and_gathers_more():
     assert "policy gathered whole" not in one.by_phase["rollout"]
     costs = planned(demand, layout_for("H100", 8)).phases
     assert costs["rollout"].network > 0 == planned(demand, layout_for("H100")).phases["rollout"].network
+
+
+@pytest.mark.parametrize("slower", ["sequence", "token"])
+def test_attention_that_was_measured_is_planned_by_its_scores(slower):
+    size, demand, layout, pace = ModelSize.of_config(NARROW), demand_for(), layout_for("L4"), AttentionPace(1e-9, 1e-8)
+
+    def seconds(attention: AttentionPace) -> dict[str, float]:
+        phases = planned(demand, replace(layout, device=replace(layout.device, attention=attention))).phases
+        return {name: cost.total for name, cost in phases.items()}
+
+    once, twice = seconds(pace), seconds(replace(pace, **{slower: 2 * getattr(pace, slower)}))
+    grown = {name: twice[name] - once[name] for name in once}
+    lengths, scores = demand.lengths, size.heads * size.layers * demand.sequences
+    if slower == "token":
+        context = lengths.mean_prompt + lengths.mean_response / 2
+        assert grown["rollout"] == pytest.approx(1e-8 * scores * context * lengths.mean_response)
+        assert grown["update"] == 0
+    else:
+        epochs = demand.policy_epochs + demand.value_epochs
+        assert grown["update"] == pytest.approx(3 * epochs * 1e-9 * scores * lengths.mean**2)
+
+
+def test_a_score_takes_longer_in_a_wider_head():
+    narrow, wide = (
+        measure_attention(replace(ModelSize.of_config(NARROW), head_width=w, attention=4 * w, keys=2 * w), "float32")
+        for w in (8, 128)
+    )
+    assert 0 < narrow.sequence < wide.sequence
+    assert 0 < narrow.token < wide.token
 
 
 def test_copies_hold_the_whole_and_sum_their_gradients():

@@ -7,7 +7,12 @@ from tandem.plan.model_size import ModelSize
 
 def trunk_flops(size: ModelSize, tokens: float, length: float) -> float:
     """One forward of all layers over sequences of `length`: two a weight, and causal attention's products."""
-    return 2.0 * size.trunk * tokens + 2.0 * size.layers * size.attention * tokens * length
+    return 2.0 * size.trunk * tokens + attention_flops(size, tokens, length)
+
+
+def attention_flops(size: ModelSize, tokens: float, length: float) -> float:
+    """The products of causal attention in all layers."""
+    return 2.0 * size.layers * size.attention * tokens * length
 
 
 def head_flops(size: ModelSize, rows: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tandem.plan.arithmetic import cache_bytes
+from tandem.plan import attending
 from tandem.plan.cost import Cost, added
 from tandem.plan.demand import Demand
 from tandem.plan.layout import Layout
@@ -13,8 +13,6 @@ from tandem.plan.passes import calling, gathering_beside, rates, reading, sequen
 
 # Passes over an array of logits to sample from.
 SAMPLING_PASSES = 6
-# Keys and values are read, and the scores over them written and read.
-CACHE_PASSES = 2
 
 
 def rollout(demand: Demand, layout: Layout) -> Cost:
@@ -46,8 +44,8 @@ def rollout(demand: Demand, layout: Layout) -> Cost:
 def token(demand: Demand, layout: Layout) -> Cost:
     """One token more for all rows that decode together.
 
-    On a GPU the weights are read while they are multiplied; a processor does one after the other. Keys and values are
-    read once for all query heads that share them. GPUs of one engine do each a part of it.
+    On a GPU the weights are read while they are multiplied; a processor does one after the other. GPUs of one engine
+    do each a part of it.
     """
     size, lengths, device = demand.policy, demand.lengths, layout.device
     flops, bandwidth = rates(layout)
@@ -57,18 +55,15 @@ def token(demand: Demand, layout: Layout) -> Cost:
     multiplying = (2.0 * weights * going) / flops
     fetching = weights * demand.width / bandwidth
     context = lengths.mean_prompt + lengths.mean_response / 2
-    moved = going * (
-        context * cache_bytes(size, demand.width) * CACHE_PASSES
-        + size.layers * token_traffic(size, rank) * demand.width
-        + size.vocabulary * 4.0 * SAMPLING_PASSES
-    )
+    moved = going * (size.layers * token_traffic(size, rank) * demand.width + size.vocabulary * 4.0 * SAMPLING_PASSES)
     if device.is_gpu:
         multiplying, fetching = (multiplying, 0.0) if multiplying >= fetching else (0.0, fetching)
     if layout.generator == "vllm":
         calls = device.pass_seconds + size.layers * device.graph_layer_seconds
     else:
         calls = calling(layout, size, rank)
-    computing = Cost(multiplying, fetching + moved / bandwidth).times(1 / layout.engine_gpus)
+    attention = attending.of_one_token(layout, size, going, context, demand.width)
+    computing = added([Cost(multiplying, fetching + moved / bandwidth), attention]).times(1 / layout.engine_gpus)
     return added([computing, between_parts(demand, layout, going), Cost(calls=calls)])
 
 

@@ -23,6 +23,14 @@ GPUS_PER_MACHINE = 8
 
 
 @dataclass(frozen=True)
+class AttentionPace:
+    """Seconds in which a query attends to a key in one head: in whole sequences, and for a single token after them."""
+
+    sequence: float
+    token: float
+
+
+@dataclass(frozen=True)
 class Device:
     """What one GPU, or this machine's processor, has and reaches.
 
@@ -34,7 +42,8 @@ class Device:
     `product_share`, `bandwidth_share`, `link_share`; `layer_seconds` of calling one layer whose work is nothing, from
     Python, and `graph_layer_seconds` where the calls were recorded (vLLM's CUDA graphs); `pass_seconds` of what a pass
     calls beside its layers, sampling from its logits among it; `hop_seconds` of the least collective among the GPUs of
-    a machine. `reserve_share` of what comes and goes is held by the allocator and cannot be handed out.
+    a machine. `attention` is its pace where that was measured. `reserve_share` of what comes and goes is held by the
+    allocator and cannot be handed out.
 
     Of the machine around it, bytes/s: `host_bandwidth` of one copy in main memory or between it and a GPU, `ethernet`
     of what goes between machines from one main memory to another.
@@ -57,6 +66,7 @@ class Device:
     reserve_share: float = 0.1
     host_bandwidth: float = 10e9
     ethernet: float = 10e9
+    attention: AttentionPace | None = None
     is_gpu: bool = True
 
     def part(self, share: float) -> Device:
@@ -161,6 +171,27 @@ def measure_pace(
     return Pace(best, block.numel() * 4 / usual_seconds(block.sum, timer, device, 7, seconds))
 
 
+# Rows and tokens of the attention that is timed.
+_ATTENDING = (16, 128)
+
+
+def measure_attention(size: ModelSize, precision: str, timer: Timer = time.perf_counter) -> AttentionPace:
+    """Of heads as wide as the model's, by torch's fused kernel on the processor; the query heads of a single token
+    that share keys attend together."""
+    rows, length = _ATTENDING
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def some(heads: int, queries: int) -> torch.Tensor:
+        return torch.randn(rows, heads, queries, size.head_width, dtype=getattr(torch, precision))
+
+    every, shared = some(size.heads, length), some(size.key_heads, length)
+    one = some(size.key_heads, size.heads // size.key_heads)
+    sequence = usual_seconds(lambda: attend(every, every, every, is_causal=True), timer)
+    token = usual_seconds(lambda: attend(one, shared, shared), timer)
+    scores = rows * length * size.heads
+    return AttentionPace(sequence / (scores * length), token / scores)
+
+
 def usual_seconds(
     work: Callable[[], object],
     timer: Timer = time.perf_counter,
@@ -201,6 +232,7 @@ def this_machine(size: ModelSize, precision: str, timer: Timer = time.perf_count
         layer_seconds=a_layer,
         pass_seconds=a_pass,
         reserve_share=_HOLES_OF_A_HEAP,
+        attention=measure_attention(size, precision, timer),
         is_gpu=False,
     )
 

@@ -40,6 +40,15 @@ class ModelSize:
         return self.head // self.hidden
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.attention // self.head_width
+
+    @property
+    def key_heads(self) -> int:
+        return self.keys // self.head_width
+
+    @property
     def parameters(self) -> int:
         """All weights of the language model; a tied head counts once."""
         return self.body if self.tied else self.body + self.head

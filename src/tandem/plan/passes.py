@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tandem.plan import attending
 from tandem.plan.arithmetic import head_flops, layer_traffic, trunk_flops
 from tandem.plan.cost import Cost, added
 from tandem.plan.demand import Demand
@@ -11,8 +12,6 @@ from tandem.plan.layout import Layout
 from tandem.plan.memory import microbatch_tokens
 from tandem.plan.model_size import ModelSize
 
-# Attention's products are as narrow as a head; narrower than this they reach so much less of the rate.
-WIDE_HEAD = 64
 # What LoRA adds to a layer: passes over its matrices' inputs and outputs, and calls.
 ADAPTER_PASSES, ADAPTER_CALLS = 3, 2
 # Weights that were gathered are copied out of the buffer that they came in.
@@ -39,9 +38,8 @@ def reading(demand: Demand, layout: Layout, size: ModelSize, tokens: float, leng
     """So many tokens through all layers, the calls apart."""
     flops, bandwidth = rates(layout)
     weights = trunk_flops(size, tokens, 0) + 2.0 * tokens * size.adapter_parameters(rank, None)
-    attention = trunk_flops(size, tokens, length) - trunk_flops(size, tokens, 0)
-    products = weights + attention * max(1.0, WIDE_HEAD / size.head_width)
-    return Cost(products / flops, tokens * size.layers * token_traffic(size, rank) * demand.width / bandwidth)
+    moved = tokens * size.layers * token_traffic(size, rank) * demand.width
+    return added([Cost(weights / flops, moved / bandwidth), attending.of_sequences(layout, size, tokens, length)])
 
 
 def calling(layout: Layout, size: ModelSize, rank: int) -> float:
