@@ -171,25 +171,25 @@ def measure_pace(
     return Pace(best, block.numel() * 4 / usual_seconds(block.sum, timer, device, 7, seconds))
 
 
-# Rows and tokens of the attention that is timed.
-_ATTENDING = (16, 128)
+# Sequences and their tokens of the attention that is timed, and rows of a single token, whose keys and values no cache
+# near the processor holds.
+_READ, _LENGTH, _DECODED = 16, 128, 64
 
 
 def measure_attention(size: ModelSize, precision: str, timer: Timer = time.perf_counter) -> AttentionPace:
     """Of heads as wide as the model's, by torch's fused kernel on the processor; the query heads of a single token
     that share keys attend together."""
-    rows, length = _ATTENDING
     attend = torch.nn.functional.scaled_dot_product_attention
 
-    def some(heads: int, queries: int) -> torch.Tensor:
-        return torch.randn(rows, heads, queries, size.head_width, dtype=getattr(torch, precision))
+    def some(rows: int, heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(rows, heads, tokens, size.head_width, dtype=getattr(torch, precision))
 
-    every, shared = some(size.heads, length), some(size.key_heads, length)
-    one = some(size.key_heads, size.heads // size.key_heads)
-    sequence = usual_seconds(lambda: attend(every, every, every, is_causal=True), timer)
-    token = usual_seconds(lambda: attend(one, shared, shared), timer)
-    scores = rows * length * size.heads
-    return AttentionPace(sequence / (scores * length), token / scores)
+    queries, keys, values = (some(_READ, size.heads, _LENGTH) for _ in range(3))
+    sequence = usual_seconds(lambda: attend(queries, keys, values, is_causal=True), timer)
+    one = some(_DECODED, size.key_heads, size.heads // size.key_heads)
+    far, away = (some(_DECODED, size.key_heads, _LENGTH) for _ in range(2))
+    token = usual_seconds(lambda: attend(one, far, away), timer)
+    return AttentionPace(sequence / (_READ * size.heads * _LENGTH**2), token / (_DECODED * size.heads * _LENGTH))
 
 
 def usual_seconds(
