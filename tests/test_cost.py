@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -204,6 +205,24 @@ def test_freed_memory_is_used_again():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(said) < 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heaps")
+def test_all_threads_have_one_heap(tmp_path):
+    code = (
+        "import ctypes, sys, threading\n"
+        "from tandem.allocator import keep_memory; keep_memory()\n"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p\n"
+        "together = threading.Barrier(4)\n"
+        "def work(): libc.malloc(100); together.wait()\n"
+        "for thread in (threads := [threading.Thread(target=work) for _ in range(4)]): thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b'w')); libc.malloc_info(0, file); libc.fclose(file)\n"
+    )
+    said = tmp_path / "heaps.xml"
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    subprocess.run([sys.executable, "-c", code, str(said)], check=True, env=environment)
+    assert said.read_text().count("<heap ") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's own peak is the process's elsewhere")

@@ -7,8 +7,8 @@ import os
 import resource
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_ONE_GIB, _NEVER = 2**30, -1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_ONE_GIB, _NEVER, _ONE_HEAP = 2**30, -1, 1
 
 
 def keep_memory() -> None:
@@ -17,7 +17,9 @@ def keep_memory() -> None:
     A step makes and frees tensors of the same sizes over and over. By default each of more than 32 MiB is a fresh
     mapping, and what a backward pass leaves free is given back, so the system zeroes and maps the same pages again in
     every step: a fifth of a small model's step (docs/decisions/0010-speed.md). Here tensors of up to 1 GiB come out of
-    memory that is never given back, and torch asks for huge pages. What the environment says stays as it is.
+    memory that is never given back, and torch asks for huge pages. All threads have one heap: by default what one of
+    them frees is not there for another, and a process that trains with others held up to 1 GiB more, now and then. What
+    the environment says stays as it is.
     """
     if sys.platform != "linux":
         return
@@ -29,6 +31,7 @@ def keep_memory() -> None:
     for option, variable, value in (
         (_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", _ONE_GIB),
         (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", _NEVER),
+        (_M_ARENA_MAX, "MALLOC_ARENA_MAX", _ONE_HEAP),
     ):
         if variable not in os.environ:
             mallopt(option, value)
