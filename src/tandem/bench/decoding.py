@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem.bench.workloads import Workload
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.compiling import CompiledLayers
+from tandem.models.compiling import CompiledLayers, KernelSampling
 from tandem.models.loading import load_causal, load_tokenizer, pick_dtype
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
@@ -64,6 +64,7 @@ def measure(workload: Workload, batches: int) -> dict[str, Any]:
     policy = CausalPolicy(Trunk(model), FULL_DISTRIBUTION)
     if workload.compiled:
         CompiledLayers(policy.trunk.layers)
+        KernelSampling([policy])
     generator = fixed_length_generator(policy, tokenizer, workload)
     seconds = []
     for number in range(batches + 1):

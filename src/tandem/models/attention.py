@@ -6,6 +6,7 @@ made of, and one that reads keys and values once for every query head when a sin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from tandem.models import kernels
 
 ON_CPU = "tandem_cpu"
 _LONGEST_IN_PRODUCTS = 512
@@ -31,11 +34,16 @@ def attend_on_cpu(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: 
         return sdpa_attention_forward(module, query, key, value, mask, **more)
     scaling = more.get("scaling") or query.shape[-1] ** -0.5
     if query.shape[2] == 1:
-        one_token = _one_token_in_sums if torch.compiler.is_compiling() else _one_token
-        return one_token(query, key, value, mask, scaling), None
+        return _way_of_one_token(query, value)(query, key, value, mask, scaling), None
     if query.dtype != torch.float32 and key.shape[2] <= _LONGEST_IN_PRODUCTS and getattr(module, "is_causal", True):
         return _in_products(query, key, value, mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, mask, **more)
+
+
+def _way_of_one_token(query: Tensor, value: Tensor) -> Callable[..., Tensor]:
+    if not torch.compiler.is_compiling():
+        return _one_token
+    return kernels.attend_one if kernels.attends_one(query, value) else _one_token_in_sums
 
 
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.algo import Passes, projected_logprobs, truncate
+from tandem.algo import Passes, projected_logprobs, sample, truncate
 from tandem.errors import InputError
+from tandem.models import kernels
 from tandem.models.cache import roomy_cache
 from tandem.models.packing import packed
 from tandem.models.trunk import Trunk
@@ -45,6 +46,7 @@ class CausalPolicy:
         self.rule = rule
         self.adapter = adapter
         self.passes = Passes()
+        self.samples_by_kernels = False
         self._model: Any = trunk.model
         self._head: Any = trunk.model.get_output_embeddings()
         _check_logits(self)
@@ -144,7 +146,7 @@ class CausalPolicy:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Within it many tokens can be sampled one by one, by each process as many as it likes."""
-        with self.trunk.gathered(), packed(self._model):
+        with self.trunk.gathered(), packed(self._model, self.samples_by_kernels):
             yield
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -176,6 +178,11 @@ class CausalPolicy:
             return truncate(self._scaled_logits(hidden), self.rule.top_k, self.rule.top_p)
 
         return self.trunk.run(read)
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """A token a row [B] int64 from logits [B, V], by numbers [B] from [0, 1), and their log-probabilities [B]."""
+        by_kernels = self.samples_by_kernels and kernels.draws(logits)
+        return kernels.draw(logits, uniform) if by_kernels else sample(logits, uniform)
 
 
 @torch.no_grad()

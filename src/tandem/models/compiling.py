@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from tandem.algo import Passes, put_slope, sums_over_rows
+from tandem.models import kernels
 from tandem.models.cache import RoomyLayer
 from tandem.models.causal import CausalPolicy
 
@@ -23,10 +24,13 @@ class CompiledLayers:
     """A decoder's layers, computed by compiled code from here on.
 
     Code is made at the first call of each kind, for all layers that are alike and for batches of any size, until
-    `settle`. Two kinds stay as they are: a batch of a single row, and reading prompts into an empty cache.
+    `settle`. Two kinds stay as they are: a batch of a single row, and reading prompts into an empty cache. On a CPU the
+    code calls `tandem.models.kernels`.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
+        if next(layers.parameters()).device.type == "cpu":
+            kernels.load_kernels()
         # Gradients of one pass are asked for more than once where those of two losses are compared.
         torch._functorch.config.donated_buffer = False
         self._layers: Any = layers
@@ -98,3 +102,24 @@ class CompiledPasses:
     def _hand_over(self, passes: Passes) -> None:
         for policy in self._policies:
             policy.passes = passes
+
+
+class KernelSampling:
+    """Policies on a CPU that multiply and draw by `tandem.models.kernels` in sampling, from here on."""
+
+    def __init__(self, samplers: Iterable[CausalPolicy]) -> None:
+        self._samplers = [policy for policy in samplers if policy.device.type == "cpu"]
+        if self._samplers:
+            kernels.load_kernels()
+        self._set(True)
+
+    def settle(self) -> None:
+        """Nothing is compiled later."""
+
+    def undo(self) -> None:
+        """Let all be computed as it is written."""
+        self._set(False)
+
+    def _set(self, by_kernels: bool) -> None:
+        for policy in self._samplers:
+            policy.samples_by_kernels = by_kernels

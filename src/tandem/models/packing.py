@@ -13,21 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tandem.models import kernels
+
 _ROWS = 64
 """For about how many rows the layout is chosen; any number can be multiplied."""
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def packed(model: nn.Module, by_kernels: bool = False) -> Iterator[None]:
     """Within it every matrix of a bfloat16 model on a CPU is multiplied from a laid out copy.
 
-    The copies take the memory of the weights once more, and weights that change within it are not seen. Within another
-    it does nothing.
+    `by_kernels` is for a process that has loaded `tandem.models.kernels`, whose product serves where it can. The
+    copies take the memory of the weights once more, and weights that change within it are not seen. Within another it
+    does nothing.
     """
     with ExitStack() as until_the_end:
         for layer in model.modules():
             if type(layer) is nn.Linear and "forward" not in vars(layer) and _can_be_packed(layer.weight):
-                until_the_end.enter_context(_computing(layer, _from_packed(layer)))
+                own = by_kernels and kernels.multiplies(layer.weight)
+                product = kernels.packed_product(layer) if own else _from_packed(layer)
+                until_the_end.enter_context(_computing(layer, product))
         yield
 
 

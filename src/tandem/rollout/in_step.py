@@ -49,6 +49,9 @@ class InStep:
             self._somebody_goes_on(True)
         return self._policy.next_logits(ids, attention_mask, position_ids, cache)
 
+    def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        return self._policy.draw(logits, uniform)
+
     def _somebody_goes_on(self, this_one: bool) -> bool:
         return bool(world().sum(torch.tensor(int(this_one))))
 

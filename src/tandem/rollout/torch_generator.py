@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tandem.algo import sample
 from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
 from tandem.world import World, world
@@ -32,6 +31,10 @@ class NextToken(Protocol):
 
     def next_logits(self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Any) -> Tensor:
         """Logits [B, V] of the distribution to sample the token after `ids` [B, S] from; the cache grows."""
+        ...
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """A token a row [B] from such logits, by numbers [B] from [0, 1), and their log-probabilities [B]."""
         ...
 
 
@@ -122,7 +125,7 @@ class TorchGenerator:
         logits, decoding = self._read_prompts(prompts)
         for t in range(limit):
             self._stopping.check()
-            tokens, token_logprobs = sample(logits, uniform[rows, t])
+            tokens, token_logprobs = self._policy.draw(logits, uniform[rows, t])
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs
             stopped = torch.isin(tokens, self._stop_ids)
             if bool(stopped.any()):

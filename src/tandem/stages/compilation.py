@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +11,8 @@ from torch import Tensor
 from tandem.config import PpoConfig
 from tandem.errors import InputError
 from tandem.models.causal import CausalPolicy
-from tandem.models.compiling import CompiledLayers, CompiledPasses
+from tandem.models.compiling import CompiledLayers, CompiledPasses, KernelSampling
+from tandem.models.kernels import compiler
 from tandem.models.scoring import DecoderScorer
 from tandem.models.sharing import JointModels, RewardModel
 from tandem.models.source import positions
@@ -34,18 +33,14 @@ def compiles(config: PpoConfig, policy: CausalPolicy) -> bool:
     """Whether this run compiles. Raises InputError where the recipe wants it and there is no compiler."""
     if config.compute.compiled is None:
         return _by_itself(config, policy)
-    if config.compute.compiled and policy.device.type == "cpu" and not _compiler_is_here():
+    if config.compute.compiled and policy.device.type == "cpu" and compiler() is None:
         raise InputError("compute.compiled = true needs a C++ compiler, and there is no g++ here; install one.")
     return config.compute.compiled
 
 
 def _by_itself(config: PpoConfig, policy: CausalPolicy) -> bool:
     in_one_process = config.cluster is None and world().alone and not world().checkpointing
-    return in_one_process and policy.device.type == "cpu" and _is_long(config, policy) and _compiler_is_here()
-
-
-def _compiler_is_here() -> bool:
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    return in_one_process and policy.device.type == "cpu" and _is_long(config, policy) and compiler() is not None
 
 
 def _is_long(config: PpoConfig, policy: CausalPolicy) -> bool:
@@ -65,23 +60,24 @@ def compile_models(
     """Compile the layers of all models, in each way that a step calls them, on texts that are always the same.
 
     The code depends on the sizes that it is first made for: made here alone, it is the same in a run that is gone on
-    with. What the run calls in another way yet is computed as it is written. `sampler` is the policy, or the copy of it
-    that samples. Raises InputError where layers cannot be compiled and the recipe wants it; where the recipe is silent,
-    a person is told.
+    with, so what this process has compiled before is forgotten. What the run calls in another way yet is computed as it
+    is written. `sampler` is the policy, or the copy of it that samples. Raises InputError where layers cannot be
+    compiled and the recipe wants it; where the recipe is silent, a person is told.
     """
     scorers = [reward.scorer.model for reward in rewards if isinstance(reward.scorer, DecoderScorer)]
     learning: list[Model] = [(models.policy.trunk, models.policy.adapter), (models.value.trunk, models.value.adapter)]
     reading = [*learning, (models.reference.trunk, models.reference.adapter)]
     reading += [(scorer.trunk, scorer.adapter) for scorer in scorers]
     progress.say("compiling the models' layers, which takes up to two minutes the first time")
+    torch.compiler.reset()
     samplers = dict.fromkeys([models.policy, sampler])
     trunks = dict.fromkeys([trunk for trunk, _ in reading] + [policy.trunk for policy in samplers])
-    compiled: list[CompiledPasses | CompiledLayers] = [
-        CompiledPasses([models.policy, models.reference]),
-        *(CompiledLayers(trunk.layers) for trunk in trunks),
-    ]
+    compiled: list[KernelSampling | CompiledPasses | CompiledLayers] = []
     try:
         with progress.console.status("compiling"):
+            compiled.append(KernelSampling(samplers))
+            compiled.append(CompiledPasses([models.policy, models.reference]))
+            compiled.extend(CompiledLayers(trunk.layers) for trunk in trunks)
             texts = _texts(models.policy.trunk)
             _try_out(dict.fromkeys(reading), dict.fromkeys(learning), samplers, texts)
             _try_logprobs(models, texts, config.policy.entropy_coefficient > 0)

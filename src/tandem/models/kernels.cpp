@@ -1,0 +1,358 @@
+// What sampling a token spends its time on, on a CPU: products of few rows, one query that attends, and the draw.
+// Built and described by kernels.py. Each has a plain way in Python, to which tests/test_kernels.py holds it.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TANDEM_HAS_MATRIX_UNITS
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+inline Vec load(const float* from) { return Vec::loadu(from); }
+
+inline Vec load(const BFloat16* from) {
+  Vec found;
+  at::vec::load_fp32_from_bf16(from, found);
+  return found;
+}
+
+// The first `count` of a vector, and minus infinity in the place of the others.
+template <typename T>
+inline Vec load(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  float found[kLanes];
+  for (int64_t i = 0; i < kLanes; i++) found[i] = i < count ? float(from[i]) : -std::numeric_limits<float>::infinity();
+  return Vec::loadu(found);
+}
+
+inline float sum_of(Vec vec) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vec);
+}
+
+inline float greatest_of(Vec vec) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, vec);
+}
+
+template <typename T>
+inline void fetch_ahead(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+}
+
+// ---- Products ----------------------------------------------------------------------------------------------------
+
+// A tile of the matrix units holds 16 rows of 32 numbers in bfloat16; a tile of sums 16 rows of 16 in float32.
+constexpr int64_t kTile = 16, kDepth = 32, kTileNumbers = kTile * kDepth;
+// Rows that one pass over the matrix serves, and up to how many the units are better fed from here than by oneDNN.
+constexpr int64_t kRowsAPass = 4 * kTile, kFewRows = 128;
+
+// [outputs, inputs] -> [outputs / 16, inputs / depth, depth / 2, 16, 2], a depth being 32 or all inputs if fewer: pairs
+// of inputs beside each other, as the units read them.
+Tensor pack(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), depth = std::min(kDepth, inputs);
+  TORCH_CHECK(outputs % kTile == 0 && inputs % depth == 0 && depth % 2 == 0, "no whole tiles");
+  const Tensor given = weight.contiguous();
+  Tensor packed = at::empty({outputs / kTile, inputs / depth, depth / 2, kTile, 2}, weight.options());
+  const auto* from = reinterpret_cast<const int32_t*>(given.const_data_ptr<BFloat16>());
+  auto* to = reinterpret_cast<int32_t*>(packed.mutable_data_ptr<BFloat16>());
+  const int64_t pairs = inputs / 2;
+  at::parallel_for(0, outputs / kTile, 1, [&](int64_t first, int64_t end) {
+    for (int64_t block = first; block < end; block++)
+      for (int64_t pair = 0; pair < pairs; pair++)
+        for (int64_t n = 0; n < kTile; n++)
+          to[(block * pairs + pair) * kTile + n] = from[(block * kTile + n) * pairs + pair];
+  });
+  return packed;
+}
+
+#ifdef TANDEM_HAS_MATRIX_UNITS
+
+struct __attribute__((packed)) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {0};
+  uint16_t bytes_a_row[16] = {0};
+  uint8_t rows[16] = {0};
+};
+
+// A process must ask Linux once before it touches the units.
+bool has_matrix_units() {
+  constexpr int kAskForPermission = 0x1023, kTileData = 18;
+  static const bool allowed = syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
+  return allowed;
+}
+
+// The sums of `kTiles` tiles of rows with 16 outputs, left in tiles 0 to 3. Tile 4 holds the matrix, 5 rows, and 6 the
+// last of the rows, which may be fewer than 16.
+template <int kTiles>
+inline void multiply_tiles(const BFloat16* rows, int64_t inputs, const BFloat16* matrix, int64_t depth) {
+  const int64_t bytes = inputs * int64_t(sizeof(BFloat16));
+  _tile_zero(0);
+  if constexpr (kTiles > 1) _tile_zero(1);
+  if constexpr (kTiles > 2) _tile_zero(2);
+  if constexpr (kTiles > 3) _tile_zero(3);
+  for (int64_t k = 0; k < inputs; k += depth, matrix += depth * kTile) {
+    fetch_ahead(matrix + 16 * kTileNumbers, kTileNumbers);
+    _tile_loadd(4, matrix, 64);
+    const BFloat16* last = rows + (kTiles - 1) * kTile * inputs + k;
+    if constexpr (kTiles > 1) {
+      _tile_loadd(5, rows + k, bytes);
+      _tile_dpbf16ps(0, 5, 4);
+    }
+    if constexpr (kTiles > 2) {
+      _tile_loadd(5, rows + kTile * inputs + k, bytes);
+      _tile_dpbf16ps(1, 5, 4);
+    }
+    if constexpr (kTiles > 3) {
+      _tile_loadd(5, rows + 2 * kTile * inputs + k, bytes);
+      _tile_dpbf16ps(2, 5, 4);
+    }
+    _tile_loadd(6, last, bytes);
+    if constexpr (kTiles == 1) _tile_dpbf16ps(0, 6, 4);
+    if constexpr (kTiles == 2) _tile_dpbf16ps(1, 6, 4);
+    if constexpr (kTiles == 3) _tile_dpbf16ps(2, 6, 4);
+    if constexpr (kTiles == 4) _tile_dpbf16ps(3, 6, 4);
+  }
+}
+
+void multiply_few(const BFloat16* rows, int64_t count, int64_t inputs, const Tensor& packed, const BFloat16* bias,
+                  BFloat16* out) {
+  const int64_t blocks = packed.size(0), depth = 2 * packed.size(2), outputs = blocks * kTile;
+  const BFloat16* matrix = packed.const_data_ptr<BFloat16>();
+  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t end) {
+    // oneDNN looks at how the tiles of a thread are shaped, and must find them as it left them.
+    alignas(64) TileShapes before, shapes;
+    _tile_storeconfig(&before);
+    alignas(64) float sums[kRowsAPass * kTile];
+    for (int64_t from = 0; from < count; from += kRowsAPass) {
+      const int64_t here = std::min(kRowsAPass, count - from), tiles = (here + kTile - 1) / kTile;
+      const uint8_t in_last = here - (tiles - 1) * kTile;
+      for (int i = 0; i < 4; i++) shapes.bytes_a_row[i] = 64, shapes.rows[i] = kTile;
+      shapes.bytes_a_row[4] = 64, shapes.rows[4] = depth / 2;
+      shapes.bytes_a_row[5] = shapes.bytes_a_row[6] = 2 * depth;
+      shapes.rows[5] = kTile, shapes.rows[6] = shapes.rows[tiles - 1] = in_last;
+      _tile_loadconfig(&shapes);
+      for (int64_t block = first; block < end; block++) {
+        const BFloat16 *x = rows + from * inputs, *w = matrix + block * inputs * kTile;
+        switch (tiles) {
+          case 1: multiply_tiles<1>(x, inputs, w, depth); break;
+          case 2: multiply_tiles<2>(x, inputs, w, depth); break;
+          case 3: multiply_tiles<3>(x, inputs, w, depth); break;
+          default: multiply_tiles<4>(x, inputs, w, depth);
+        }
+        _tile_stored(0, sums, 64);
+        if (tiles > 1) _tile_stored(1, sums + 256, 64);
+        if (tiles > 2) _tile_stored(2, sums + 512, 64);
+        if (tiles > 3) _tile_stored(3, sums + 768, 64);
+        const __m512 shift = bias ? __m512(load(bias + block * kTile)) : _mm512_setzero_ps();
+        for (int64_t i = 0; i < here; i++) {
+          const __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i * kTile), shift);
+          auto* to = reinterpret_cast<__m256i*>(out + (from + i) * outputs + block * kTile);
+          _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh(sum));
+        }
+      }
+    }
+    if (before.palette) _tile_loadconfig(&before);
+    else _tile_release();
+  });
+}
+
+#else
+
+bool has_matrix_units() { return false; }
+
+void multiply_few(const BFloat16*, int64_t, int64_t, const Tensor&, const BFloat16*, BFloat16*) {}
+
+#endif
+
+// rows [..., inputs] times weight^T, plus the bias: from `packed` where the rows are few, from `weight` otherwise.
+Tensor multiply_packed(const Tensor& rows, const Tensor& packed, const Tensor& weight,
+                       const std::optional<Tensor>& bias) {
+  TORCH_CHECK(has_matrix_units(), "there are no matrix units for bfloat16");
+  const int64_t inputs = weight.size(1), count = rows.numel() / inputs;
+  if (count > kFewRows) return at::linear(rows, weight, bias);
+  const Tensor x = rows.contiguous();
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  Tensor out = at::empty(sizes, x.options());
+  multiply_few(x.const_data_ptr<BFloat16>(), count, inputs, packed,
+               bias.has_value() ? bias->const_data_ptr<BFloat16>() : nullptr, out.mutable_data_ptr<BFloat16>());
+  return out;
+}
+
+// ---- Attention of a single query ---------------------------------------------------------------------------------
+
+// As `attend_one`, for heads of a width that is known when this is compiled.
+template <typename T, int64_t kWidth>
+void attend(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
+            double scaling, Tensor& out) {
+  constexpr int64_t vecs = kWidth / kLanes;
+  const int64_t heads = query.size(1), sets = keys.size(1), length = keys.size(2), group = heads / sets;
+  const auto qs = query.strides(), ks = keys.strides(), vs = values.strides();
+  const T *q = query.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
+  const bool* read = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
+  const int64_t mask_row = read && mask->size(0) > 1 ? mask->stride(0) : 0, mask_place = read ? mask->stride(3) : 0;
+  T* to = out.mutable_data_ptr<T>();
+  at::parallel_for(0, query.size(0) * sets, 1, [&](int64_t first, int64_t end) {
+    std::vector<float> shares((length + kLanes - 1) / kLanes * kLanes);
+    float* p = shares.data();
+    for (int64_t n = first; n < end; n++) {
+      const int64_t row = n / sets, set = n % sets;
+      const T *keys_of = k + row * ks[0] + set * ks[1], *values_of = v + row * vs[0] + set * vs[1];
+      // Keys and values are met once a token, so they come from afar: the next are sent for while these are read.
+      const T* next_keys = n + 1 < end ? k + (n + 1) / sets * ks[0] + (n + 1) % sets * ks[1] : keys_of;
+      for (int64_t head = set * group; head < (set + 1) * group; head++) {
+        Vec asked[vecs], sum[vecs];
+        for (int i = 0; i < vecs; i++) {
+          asked[i] = load(q + row * qs[0] + head * qs[1] + i * kLanes) * Vec(float(scaling));
+          sum[i] = Vec(0.f);
+        }
+        float greatest = kLowest;
+        for (int64_t s = 0; s < length; s++) {
+          const T* key = keys_of + s * ks[2];
+          fetch_ahead(values_of + s * vs[2], kWidth);
+          Vec dot = asked[0] * load(key);
+          for (int i = 1; i < vecs; i++) dot = at::vec::fmadd(asked[i], load(key + i * kLanes), dot);
+          p[s] = read && !read[row * mask_row + s * mask_place] ? kLowest : sum_of(dot);
+          greatest = std::max(greatest, p[s]);
+        }
+        float total = 0;
+        for (int64_t s = 0; s < length; s += kLanes) (Vec::loadu(p + s) - Vec(greatest)).exp_u20().store(p + s);
+        for (int64_t s = 0; s < length; s++) total += p[s];
+        for (int64_t s = 0; s < length; s++) {
+          const T* value = values_of + s * vs[2];
+          fetch_ahead(next_keys + s * ks[2], kWidth);
+          for (int i = 0; i < vecs; i++) sum[i] = at::vec::fmadd(Vec(p[s]), load(value + i * kLanes), sum[i]);
+        }
+        for (int i = 0; i < vecs; i++) {
+          float found[kLanes];
+          (sum[i] / Vec(total)).store(found);
+          for (int j = 0; j < kLanes; j++) to[(row * heads + head) * kWidth + i * kLanes + j] = T(found[j]);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void attend_by_width(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
+                     double scaling, Tensor& out) {
+  switch (query.size(3)) {
+    case 16: return attend<T, 16>(query, keys, values, mask, scaling, out);
+    case 32: return attend<T, 32>(query, keys, values, mask, scaling, out);
+    case 48: return attend<T, 48>(query, keys, values, mask, scaling, out);
+    case 64: return attend<T, 64>(query, keys, values, mask, scaling, out);
+    case 80: return attend<T, 80>(query, keys, values, mask, scaling, out);
+    case 96: return attend<T, 96>(query, keys, values, mask, scaling, out);
+    case 128: return attend<T, 128>(query, keys, values, mask, scaling, out);
+    default: TORCH_CHECK(false, "heads of width ", query.size(3), " are not among those that this was compiled for");
+  }
+}
+
+Tensor beside_each_other(const Tensor& given) { return given.stride(-1) == 1 ? given : given.contiguous(); }
+
+// [B, 1, heads, D] of queries [B, heads, 1, D] to keys and values [B, key heads, S, D], where the mask [1 or B, 1, 1, S]
+// is true or there is none.
+Tensor attend_one(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
+                  double scaling) {
+  Tensor out = at::empty({query.size(0), 1, query.size(1), values.size(3)}, query.options());
+  const Tensor q = beside_each_other(query), k = beside_each_other(keys), v = beside_each_other(values);
+  if (query.scalar_type() == at::kFloat) attend_by_width<float>(q, k, v, mask, scaling, out);
+  else attend_by_width<BFloat16>(q, k, v, mask, scaling, out);
+  return out;
+}
+
+// ---- The draw of a token -----------------------------------------------------------------------------------------
+
+constexpr int64_t kBlock = 256;
+
+// The first weight with which their sum exceeds `quantile`, or else the last above zero; and what is left of it there.
+std::pair<int64_t, float> invert(const float* weights, int64_t count, float quantile) {
+  float before = 0, before_last = 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (weights[i] > 0) last = i, before_last = before;
+    if (before + weights[i] > quantile) return {i, std::max(quantile - before, 0.f)};
+    before += weights[i];
+  }
+  return {last, std::max(quantile - before_last, 0.f)};
+}
+
+template <typename T>
+void draw_rows(const Tensor& logits, const Tensor& uniform, Tensor& tokens, Tensor& logprobs) {
+  const int64_t vocabulary = logits.size(1), blocks = (vocabulary + kBlock - 1) / kBlock;
+  const T* z = logits.const_data_ptr<T>();
+  const float* chance = uniform.const_data_ptr<float>();
+  int64_t* token = tokens.mutable_data_ptr<int64_t>();
+  float* logprob = logprobs.mutable_data_ptr<float>();
+  at::parallel_for(0, logits.size(0), 1, [&](int64_t first, int64_t end) {
+    std::vector<float> sums(blocks);
+    float weights[kBlock];
+    for (int64_t row = first; row < end; row++) {
+      const T* of_row = z + row * vocabulary;
+      Vec most(-std::numeric_limits<float>::infinity());
+      for (int64_t i = 0; i < vocabulary; i += kLanes) most = at::vec::maximum(most, load(of_row + i, vocabulary - i));
+      const float greatest = greatest_of(most);
+      float total = 0;
+      for (int64_t block = 0; block < blocks; block++) {
+        Vec sum(0.f);
+        const int64_t stop = std::min((block + 1) * kBlock, vocabulary);
+        for (int64_t i = block * kBlock; i < stop; i += kLanes)
+          sum = sum + (load(of_row + i, stop - i) - Vec(greatest)).exp_u20();
+        total += sums[block] = sum_of(sum);
+      }
+      const auto [block, left] = invert(sums.data(), blocks, chance[row] * total);
+      const int64_t start = block * kBlock, count = std::min(kBlock, vocabulary - start);
+      for (int64_t i = 0; i < count; i += kLanes)
+        (load(of_row + start + i, count - i) - Vec(greatest)).exp_u20().store(weights + i);
+      token[row] = start + invert(weights, count, left).first;
+      logprob[row] = float(of_row[token[row]]) - greatest - std::log(total);
+    }
+  });
+}
+
+// Of logits [N, V] and numbers [N] from [0, 1): tokens [N] and their log-probabilities [N], as `tandem.algo.sample`.
+std::tuple<Tensor, Tensor> draw(const Tensor& logits, const Tensor& uniform) {
+  const Tensor z = logits.contiguous(), chance = uniform.contiguous();
+  Tensor tokens = at::empty({z.size(0)}, z.options().dtype(at::kLong));
+  Tensor logprobs = at::empty({z.size(0)}, z.options().dtype(at::kFloat));
+  if (z.scalar_type() == at::kFloat) draw_rows<float>(z, chance, tokens, logprobs);
+  else draw_rows<BFloat16>(z, chance, tokens, logprobs);
+  return {tokens, logprobs};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(tandem_cpu, library) {
+  library.def("has_matrix_units() -> bool", &has_matrix_units);
+  library.def("pack(Tensor weight) -> Tensor");
+  library.def("multiply_packed(Tensor rows, Tensor packed, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("attend_one(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scaling) -> Tensor");
+  library.def("draw(Tensor logits, Tensor uniform) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(tandem_cpu, CPU, library) {
+  library.impl("pack", &pack);
+  library.impl("multiply_packed", &multiply_packed);
+  library.impl("attend_one", &attend_one);
+  library.impl("draw", &draw);
+}

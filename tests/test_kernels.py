@@ -1,0 +1,174 @@
+"""The operators in C++ are held to the plain ways in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tandem.algo import sample
+from tandem.models import kernels
+from tandem.models.attention import _one_token, _one_token_in_sums
+from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
+from tandem.models.compiling import CompiledLayers, KernelSampling
+from tandem.models.trunk import Trunk
+
+pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="the operators are built with g++")
+UNITS = torch.cpu.get_capabilities().get("amx_bf16", False)
+needs_units = pytest.mark.skipif(not UNITS, reason="this processor has no matrix units for bfloat16")
+SHAPE = LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+)
+TYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+    kernels.load_kernels()
+
+
+@needs_units
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(16, 32), (48, 96), (64, 16), (32, 8), (192, 576)])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 47, 63, 64, 65, 100, 129])
+def test_products_of_few_rows(rows, shape, biased):
+    """Each as near to that of the same numbers in float64 as rounding the answer to bfloat16 is."""
+    layer = torch.nn.Linear(shape[1], shape[0], bias=biased, dtype=torch.bfloat16).requires_grad_(False)
+    assert kernels.multiplies(layer.weight)
+    given = torch.randn(rows, 1, shape[1]).bfloat16()
+    truth = linear(given.double(), layer.weight.double(), layer.bias.double() if biased else None)
+    found = kernels.packed_product(layer)(given)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.double(), truth, rtol=2**-8, atol=1e-6)
+
+
+@needs_units
+def test_onednn_multiplies_as_before_in_between():
+    """The shape of a thread's tiles is the processor's state, and oneDNN's own."""
+    weight = torch.randn(96, 128).bfloat16()
+    layer = torch.nn.Linear(64, 16, bias=False, dtype=torch.bfloat16)
+    product, given, few = kernels.packed_product(layer), torch.randn(50, 128).bfloat16(), torch.randn(3, 64).bfloat16()
+    expected, own = given @ weight.T, product(few)
+    for _ in range(20):
+        assert torch.equal(product(few), own)
+        assert torch.equal(given @ weight.T, expected)
+
+
+def test_only_whole_tiles_are_multiplied():
+    for shape in [(17, 32), (16, 40), (16, 24)]:
+        assert not kernels.multiplies(torch.zeros(shape, dtype=torch.bfloat16))
+    assert not kernels.multiplies(torch.zeros(16, 32))
+    with pytest.raises(RuntimeError, match="whole tiles"):
+        torch.ops.tandem_cpu.pack(torch.zeros(17, 32, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", kernels._WIDTHS)
+@pytest.mark.parametrize("masked", [None, "every row", "one for all"])
+def test_a_single_query_attends(width, dtype, masked):
+    """Keys and values lie in room for more, and a row may read nothing at all."""
+    query = torch.randn(5, 1, 6, width, dtype=dtype).transpose(1, 2)
+    keys, values = (torch.randn(7, 2, 40, width, dtype=dtype)[:5, :, :23] for _ in range(2))
+    mask = None if masked is None else torch.rand(5 if masked == "every row" else 1, 1, 1, 30)[..., :23] < 0.5
+    if mask is not None:
+        mask[0] = masked == "one for all"
+    assert kernels.attends_one(query, values)
+    found = kernels.attend_one(query, keys, values, mask, 0.3)
+    expected = _one_token_in_sums(query, keys, values, mask, 0.3)
+    assert torch.allclose(found, expected, atol=1e-5 if dtype == torch.float32 else 2**-7)
+    if mask is None:
+        fused = _one_token(query.contiguous(), keys, values, None, 0.3)
+        assert torch.allclose(found, fused, atol=1e-5 if dtype == torch.float32 else 2**-6)
+
+
+def test_heads_of_another_width_attend_in_another_way():
+    assert not kernels.attends_one(torch.randn(2, 4, 1, 40), torch.randn(2, 4, 9, 40))
+    assert not kernels.attends_one(torch.randn(2, 4, 1, 64), torch.randn(2, 4, 9, 32))
+    assert not kernels.attends_one(torch.randn(2, 4, 1, 64).half(), torch.randn(2, 4, 9, 64).half())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("vocabulary", [7, 16, 250, 256, 1000, 32_000])
+@pytest.mark.parametrize("left_out", [0.0, 0.7])
+def test_tokens_are_drawn(vocabulary, dtype, left_out):
+    """The same tokens by the same chance, but for one drawn where two touch; never one that is left out."""
+    logits = 3 * torch.randn(200, vocabulary)
+    out = torch.rand(200, vocabulary) < left_out
+    out[torch.arange(200), logits.argmax(1)] = False
+    logits = logits.masked_fill(out, -torch.inf).to(dtype)
+    uniform = torch.rand(200)
+    uniform[0], uniform[1] = 0, 1 - 2**-24
+    tokens, logprobs = kernels.draw(logits, uniform)
+    expected, of_expected = sample(logits, uniform)
+    same = tokens == expected
+    assert same.float().mean() >= 0.98
+    assert torch.allclose(logprobs[same], of_expected[same], atol=2e-5)
+    assert torch.isfinite(logprobs).all()
+    assert torch.allclose(logprobs, logits.float().log_softmax(-1)[torch.arange(200), tokens], atol=2e-5)
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.randn(300)
+    tokens, _ = kernels.draw(logits.expand(100_000, -1), torch.rand(100_000))
+    found = torch.bincount(tokens, minlength=300) / 100_000
+    assert (found - logits.softmax(0)).abs().max() < 4e-3
+
+
+def decoded(policy: CausalPolicy) -> Iterator[torch.Tensor]:
+    """Logits of three tokens after left-padded prompts, a row leaving after the first."""
+    ids, mask = torch.arange(5, 53).reshape(4, 12), torch.ones(4, 12, dtype=torch.int64)
+    mask[1, :5] = 0
+    with policy.gathered():
+        cache = policy.new_cache(15)
+        yield policy.next_logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+        for token in range(60, 63):
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            row = torch.full((len(mask), 1), token)
+            yield policy.next_logits(row, mask, mask.sum(1, keepdim=True) - 1, cache)
+            if token == 60:
+                cache.batch_select_indices(torch.tensor([0, 1, 3]))
+                mask = mask[[0, 1, 3]]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_compiled_policy_samples_by_them(dtype):
+    """Its logits are as near to those in float32 as a plain policy's."""
+
+    def policy(dtype: torch.dtype) -> CausalPolicy:
+        torch.manual_seed(1)
+        return CausalPolicy(Trunk(LlamaForCausalLM(SHAPE).to(dtype).eval()), FULL_DISTRIBUTION)
+
+    ours = policy(dtype)
+    CompiledLayers(ours.trunk.layers)
+    sampling = KernelSampling([ours])
+    with torch.profiler.profile() as seen:
+        found = list(decoded(ours))
+        ours.draw(found[-1], torch.rand(3))
+    called = {event.key for event in seen.key_averages() if event.key.startswith("tandem_cpu::")}
+    assert {"tandem_cpu::draw", "tandem_cpu::attend_one"} <= called
+    assert ("tandem_cpu::multiply_packed" in called) == (UNITS and dtype == torch.bfloat16)
+    for own, plain, truth in zip(found, decoded(policy(dtype)), decoded(policy(torch.float32)), strict=True):
+        assert (own - truth).norm() < 1.2 * (plain - truth).norm() + 1e-5 * truth.norm()
+    sampling.undo()
+    assert not ours.samples_by_kernels
+
+
+def test_what_is_wrong_with_the_compiler_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match=r"cannot compile kernels\.cpp"):
+        kernels._built()
+    assert list((tmp_path / "tandem" / "kernels").iterdir()) == []
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
+        kernels._built()
