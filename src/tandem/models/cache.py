@@ -26,6 +26,11 @@ class RoomyLayer(DynamicLayer):
         self._room: tuple[Tensor, Tensor] | None = None
 
     @property
+    def is_empty(self) -> bool:
+        """Whether the next positions are a prompt's, the first."""
+        return not self.is_initialized
+
+    @property
     def has_room(self) -> bool:
         """Whether the next token is written into room that is there."""
         return self._room is not None and self.keys.shape[2] < self._room[0].shape[2]

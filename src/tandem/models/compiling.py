@@ -24,8 +24,7 @@ class CompiledLayers:
     """A decoder's layers, computed by compiled code from here on.
 
     Code is made at the first call of each kind, for all layers that are alike and for batches of any size, until
-    `settle`. Two kinds stay as they are: a batch of a single row, and reading prompts into an empty cache. On a CPU the
-    code calls `tandem.models.kernels`.
+    `settle`. A batch of a single row stays as it is. On a CPU the code calls `tandem.models.kernels`.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -60,7 +59,7 @@ class CompiledLayers:
             if cache is None:
                 return self._compiled[kind](layer, hidden_states, *inputs, **named)
             held = cache.layers[place]
-            if type(held) is not RoomyLayer or not held.has_room or hidden_states.shape[1] > 1:
+            if type(held) is not RoomyLayer or not (held.is_empty or (held.has_room and hidden_states.shape[1] == 1)):
                 return plain(hidden_states, *inputs, **named)
 
             # Code that is to do for every layer must not look for its own part of the cache.

@@ -66,6 +66,8 @@ inline void fetch_ahead(const T* from, int64_t count) {
 constexpr int64_t kTile = 16, kDepth = 32, kTileNumbers = kTile * kDepth;
 // Rows that one pass over the matrix serves, and up to how many the units are better fed from here than by oneDNN.
 constexpr int64_t kRowsAPass = 4 * kTile, kFewRows = 128;
+// Of a matrix: fewer are multiplied sooner than another thread is woken.
+constexpr int64_t kNumbersAThread = 1 << 15;
 
 // [outputs, inputs] -> [outputs / 16, inputs / depth, depth / 2, 16, 2], a depth being 32 or all inputs if fewer: pairs
 // of inputs beside each other, as the units read them.
@@ -138,7 +140,8 @@ void multiply_few(const BFloat16* rows, int64_t count, int64_t inputs, const Ten
                   BFloat16* out) {
   const int64_t blocks = packed.size(0), depth = 2 * packed.size(2), outputs = blocks * kTile;
   const BFloat16* matrix = packed.const_data_ptr<BFloat16>();
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t end) {
+  const int64_t worth_a_thread = std::max<int64_t>(1, kNumbersAThread / (inputs * kTile));
+  at::parallel_for(0, blocks, worth_a_thread, [&](int64_t first, int64_t end) {
     // oneDNN looks at how the tiles of a thread are shaped, and must find them as it left them.
     alignas(64) TileShapes before, shapes;
     _tile_storeconfig(&before);
