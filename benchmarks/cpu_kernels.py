@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tandem.algo import Passes, Upstream, put_slope, sums_over_rows
+from tandem.algo import Passes, Upstream, put_slope, sample, sums_over_rows
 from tandem.allocator import keep_memory
-from tandem.models.attention import attend_on_cpu
+from tandem.models.attention import _one_token_in_sums, attend_on_cpu
+from tandem.models.kernels import attend_one, draw, load_kernels, packed_product
 from tandem.models.packing import packed
 
 SHAPES = [(21, 6, 6, 96, 48), (32, 9, 3, 48, 64), (8, 9, 3, 256, 64), (4, 9, 3, 512, 64), (2, 9, 3, 1024, 64)]
 """Rows, query heads, key heads, tokens and the width of a head."""
 MATRICES = [(288, 288), (288, 32_000), (576, 576), (576, 1_536), (576, 49_152)]
+NUMBERS = 2**25
+"""Of all matrices of a shape together, so that they come from memory."""
 CALLS = 10
 
 
@@ -82,13 +85,55 @@ def one_token() -> None:
 
 
 @torch.no_grad()
+def one_token_by_layer() -> None:
+    """As compiled layers do: every layer has keys and values of its own, which no near cache holds."""
+    compiled = torch.compile(_one_token_in_sums, dynamic=True)
+    for rows, heads, key_heads, width, layers in [(64, 6, 6, 48, 6), (64, 9, 3, 64, 30)]:
+        query = torch.randn(rows, heads, 1, width, dtype=torch.bfloat16)
+        rooms = [torch.randn(2, rows, key_heads, 96, width, dtype=torch.bfloat16)[..., :64, :] for _ in range(layers)]
+
+        def each(way: Callable[..., object]) -> None:
+            for keys, values in rooms:  # noqa: B023
+                way(query, keys, values, None, 0.125)  # noqa: B023
+
+        sums, kernel = (
+            milliseconds / layers for milliseconds in in_turn([partial(each, compiled), partial(each, attend_one)])
+        )
+        name = f"{rows} rows, {heads} heads on {key_heads}, 64 tokens of {width}, {layers} layers"
+        print(f"one token, {name}: compiled sums {sums:.3f}, our kernel {kernel:.3f}")
+
+
+@torch.no_grad()
 def matrices() -> None:
-    for width, height in MATRICES:
-        layer, rows = nn.Linear(width, height, bias=False, dtype=torch.bfloat16), torch.randn(64, width).bfloat16()
-        plain = layer.forward
-        with packed(nn.Sequential(layer)):
-            as_is, laid_out = in_turn([partial(plain, rows), partial(layer, rows)])
-        print(f"64 rows by a matrix {width} x {height}: as it is {as_is:.3f}, laid out {laid_out:.3f}")
+    """As many as no near cache holds, as a model's are when a token is sampled."""
+    for count in (32, 64):
+        for width, height in MATRICES:
+            layers = [
+                nn.Linear(width, height, bias=False, dtype=torch.bfloat16)
+                for _ in range(max(1, NUMBERS // (width * height)))
+            ]
+            rows = torch.randn(count, width).bfloat16()
+
+            def each(products: list[Callable[[Tensor], Tensor]]) -> None:
+                for product in products:
+                    product(rows)  # noqa: B023
+
+            plain = [layer.forward for layer in layers]
+            own = [packed_product(layer) for layer in layers]
+            with packed(nn.Sequential(*layers)):
+                by_onednn = [layer.forward for layer in layers]
+            times = in_turn([partial(each, ways) for ways in (plain, by_onednn, own)])
+            as_is, laid_out, kernel = (milliseconds / len(layers) for milliseconds in times)
+            name = f"{count} rows by a matrix {width} x {height}"
+            print(f"{name}: as it is {as_is:.3f}, laid out by oneDNN {laid_out:.3f}, by our kernel {kernel:.3f}")
+
+
+@torch.no_grad()
+def draws() -> None:
+    for vocabulary in (32_000, 49_152):
+        logits, uniform = torch.randn(64, vocabulary).bfloat16(), torch.rand(64)
+        written, kernel = in_turn([lambda: sample(logits, uniform), lambda: draw(logits, uniform)])  # noqa: B023
+        print(f"a token of {vocabulary:,} for 64 rows: as it is written {written:.2f}, by our kernel {kernel:.2f}")
 
 
 def vocabulary(dtype: torch.dtype) -> None:
@@ -113,4 +158,8 @@ if __name__ == "__main__":
         attention(dtype)
         vocabulary(dtype)
     one_token()
-    matrices()
+    load_kernels()
+    one_token_by_layer()
+    if torch.ops.tandem_cpu.has_matrix_units():
+        matrices()
+    draws()
