@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def measure(workload: Workload, batches: int) -> dict[str, Any]:
     policy = CausalPolicy(Trunk(model), FULL_DISTRIBUTION)
     if workload.compiled:
         CompiledLayers(policy.trunk.layers)
-        KernelSampling([policy])
+        with suppress(RuntimeError):
+            KernelSampling([policy])
     generator = fixed_length_generator(policy, tokenizer, workload)
     seconds = []
     for number in range(batches + 1):

@@ -24,12 +24,10 @@ class CompiledLayers:
     """A decoder's layers, computed by compiled code from here on.
 
     Code is made at the first call of each kind, for all layers that are alike and for batches of any size, until
-    `settle`. A batch of a single row stays as it is. On a CPU the code calls `tandem.models.kernels`.
+    `settle`. A batch of a single row stays as it is. The code calls `tandem.models.kernels` where they are loaded.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
-        if next(layers.parameters()).device.type == "cpu":
-            kernels.load_kernels()
         # Gradients of one pass are asked for more than once where those of two losses are compared.
         torch._functorch.config.donated_buffer = False
         self._layers: Any = layers
@@ -104,7 +102,10 @@ class CompiledPasses:
 
 
 class KernelSampling:
-    """Policies on a CPU that multiply and draw by `tandem.models.kernels` in sampling, from here on."""
+    """Policies on a CPU that multiply and draw by `tandem.models.kernels` in sampling, from here on.
+
+    Raises RuntimeError where the kernels cannot be built.
+    """
 
     def __init__(self, samplers: Iterable[CausalPolicy]) -> None:
         self._samplers = [policy for policy in samplers if policy.device.type == "cpu"]

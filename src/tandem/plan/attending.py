@@ -19,7 +19,7 @@ def of_sequences(layout: Layout, size: ModelSize, tokens: float, length: float) 
     if device.attention is not None:
         return Cost(memory=tokens * length * size.heads * size.layers * device.attention.sequence)
     flops = attention_flops(size, tokens, length) * max(1.0, WIDE_HEAD / size.head_width)
-    return Cost(products=flops / (device.flops * device.product_share))
+    return Cost(products=flops / device.reached_flops)
 
 
 def of_one_token(layout: Layout, size: ModelSize, rows: float, context: float, width: int) -> Cost:
@@ -31,4 +31,4 @@ def of_one_token(layout: Layout, size: ModelSize, rows: float, context: float, w
     if device.attention is not None:
         return Cost(memory=rows * context * size.heads * size.layers * device.attention.token)
     moved = rows * context * cache_bytes(size, width) * CACHE_PASSES
-    return Cost(memory=moved / (device.bandwidth * device.bandwidth_share))
+    return Cost(memory=moved / device.reached_bandwidth)

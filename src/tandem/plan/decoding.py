@@ -9,7 +9,7 @@ from tandem.plan.cost import Cost, added
 from tandem.plan.demand import Demand
 from tandem.plan.layout import Layout
 from tandem.plan.memory import rows_together, samples_by_layer
-from tandem.plan.passes import calling, gathering_beside, rates, reading, sequences_of_one, token_traffic
+from tandem.plan.passes import calling, gathering_beside, reading, sequences_of_one, token_traffic
 
 # Passes over an array of logits to sample from.
 SAMPLING_PASSES = 6
@@ -48,7 +48,7 @@ def token(demand: Demand, layout: Layout) -> Cost:
     do each a part of it.
     """
     size, lengths, device = demand.policy, demand.lengths, layout.device
-    flops, bandwidth = rates(layout)
+    flops, bandwidth = layout.device.reached_flops, layout.device.reached_bandwidth
     rank = demand.rank or 0
     going = rows_together(demand, layout) * lengths.mean_response / lengths.longest_response
     weights = size.trunk + size.head

@@ -69,6 +69,16 @@ class Device:
     attention: AttentionPace | None = None
     is_gpu: bool = True
 
+    @property
+    def reached_flops(self) -> float:
+        """FLOP/s that products reach."""
+        return self.flops * self.product_share
+
+    @property
+    def reached_bandwidth(self) -> float:
+        """Bytes/s of memory that are reached."""
+        return self.bandwidth * self.bandwidth_share
+
     def part(self, share: float) -> Device:
         """What a process has that shares this with others which work at the same time."""
         return replace(

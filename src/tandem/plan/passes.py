@@ -18,12 +18,6 @@ ADAPTER_PASSES, ADAPTER_CALLS = 3, 2
 GATHER_PASSES = 2
 
 
-def rates(layout: Layout) -> tuple[float, float]:
-    """FLOP/s of products and bytes/s of memory that are reached."""
-    device = layout.device
-    return device.flops * device.product_share, device.bandwidth * device.bandwidth_share
-
-
 def sequences_of_one(demand: Demand, layout: Layout) -> int:
     """Sequences of a step on one GPU."""
     return -(-demand.sequences // layout.gpus)
@@ -36,7 +30,7 @@ def token_traffic(size: ModelSize, rank: int) -> float:
 
 def reading(demand: Demand, layout: Layout, size: ModelSize, tokens: float, length: float, rank: int) -> Cost:
     """So many tokens through all layers, the calls apart."""
-    flops, bandwidth = rates(layout)
+    flops, bandwidth = layout.device.reached_flops, layout.device.reached_bandwidth
     weights = trunk_flops(size, tokens, 0) + 2.0 * tokens * size.adapter_parameters(rank, None)
     moved = tokens * size.layers * token_traffic(size, rank) * demand.width
     return added([Cost(weights / flops, moved / bandwidth), attending.of_sequences(layout, size, tokens, length)])
@@ -65,7 +59,7 @@ def through_layers(
 
 def on_vocabulary(demand: Demand, layout: Layout, sequences: float, projections: float, passes: int) -> Cost:
     """The responses' positions projected on the vocabulary so many times, and so many passes over their logits."""
-    flops, bandwidth = rates(layout)
+    flops, bandwidth = layout.device.reached_flops, layout.device.reached_bandwidth
     rows = sequences * demand.lengths.mean_response
     moved = rows * demand.policy.vocabulary * 4.0 * passes
     return Cost(projections * head_flops(demand.policy, rows) / flops, moved / bandwidth)
@@ -74,7 +68,7 @@ def on_vocabulary(demand: Demand, layout: Layout, sequences: float, projections:
 def gathering_beside(cost: Cost, layout: Layout, gathered: float, network: float) -> Cost:
     """Work with what it must fetch: `gathered` bytes are copied where they belong; `network` seconds of waiting go on
     beside the work on a GPU, and before it on a processor."""
-    copied = added([cost, Cost(memory=GATHER_PASSES * gathered / rates(layout)[1])])
+    copied = added([cost, Cost(memory=GATHER_PASSES * gathered / layout.device.reached_bandwidth)])
     waiting = max(0.0, network - copied.total) if layout.device.is_gpu else network
     return added([copied, Cost(network=waiting)])
 

@@ -11,7 +11,6 @@ from tandem.plan.decoding import gathered_for_a_pass, rollout
 from tandem.plan.demand import Demand
 from tandem.plan.layout import Cluster, Layout
 from tandem.plan.memory import Memory, memory_of, samples_by_layer, shares_below
-from tandem.plan.passes import rates
 from tandem.plan.timing import evaluate, read_below, score, update
 from tandem.plan.workers import (
     GENERATORS,
@@ -153,7 +152,7 @@ def _phases(demand: Demand, layout: Layout) -> dict[str, tuple[str, Cost]]:
     if layout.generator == "vllm":
         weights = float(demand.policy.parameters * demand.width)
         network = layout.collective_seconds(weights, layout.shard, demand.policy.layers + 1)
-        phases["weight sync"] = (TRAINERS, Cost(memory=2 * weights / rates(layout)[1], network=network))
+        phases["weight sync"] = (TRAINERS, Cost(memory=2 * weights / layout.device.reached_bandwidth, network=network))
     return phases
 
 

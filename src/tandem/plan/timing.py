@@ -10,7 +10,7 @@ from tandem.plan.demand import Demand
 from tandem.plan.layout import Layout
 from tandem.plan.memory import LOGITS_PER_CHUNK, microbatch_tokens, optimiser_shard, shares_below
 from tandem.plan.model_size import ModelSize
-from tandem.plan.passes import on_vocabulary, rates, sequences_of_one, through_layers, with_gathering
+from tandem.plan.passes import on_vocabulary, sequences_of_one, through_layers, with_gathering
 
 # Passes over an array of logits to read log-probabilities of, and to learn from.
 READING_PASSES, LEARNING_PASSES = 4, 10
@@ -80,7 +80,7 @@ def _learning(demand: Demand, layout: Layout, size: ModelSize, epochs: int, mini
     cost = Cost((products + extra) * forward.products, (3 + extra) * forward.memory, (3 + extra) * forward.calls)
     cost = with_gathering(demand, layout, size, cost, sequences, minibatch, learns=True)
     steps = math.ceil(demand.sequences / minibatch)
-    _, bandwidth = rates(layout)
+    bandwidth = layout.device.reached_bandwidth
     moving = OPTIMISER_BYTES * trained / optimiser_shard(demand, layout) / bandwidth
     members = layout.replicas if demand.rank is None else layout.gpus
     own = 4.0 * trained / optimiser_shard(demand, layout)

@@ -75,7 +75,7 @@ def compile_models(
     compiled: list[KernelSampling | CompiledPasses | CompiledLayers] = []
     try:
         with progress.console.status("compiling"):
-            compiled.append(KernelSampling(samplers))
+            compiled += _sampling_by_kernels(samplers, progress)
             compiled.append(CompiledPasses([models.policy, models.reference]))
             compiled.extend(CompiledLayers(trunk.layers) for trunk in trunks)
             texts = _texts(models.policy.trunk)
@@ -88,6 +88,13 @@ def compile_models(
     else:
         for part in compiled:
             part.settle()
+
+
+def _sampling_by_kernels(samplers: Iterable[CausalPolicy], progress: Progress) -> Iterator[KernelSampling]:
+    try:
+        yield KernelSampling(samplers)
+    except RuntimeError as error:
+        progress.say(f"sampling is slower than it could be: {error}")
 
 
 def _cannot(config: PpoConfig, error: Exception, progress: Progress) -> None:
