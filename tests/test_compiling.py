@@ -69,6 +69,7 @@ def test_layers_that_cannot_be_compiled_stay_as_they_are(tiny, tmp_path, capsys,
     torch.compiler.reset()
 
 
+@pytest.mark.long
 @needs_compiler
 def test_layers_are_compiled_where_kernels_cannot_be_built(tiny, tmp_path, capsys, monkeypatch):
     def cannot() -> None:

@@ -15,7 +15,6 @@ from tandem.cli import main
 from tandem.engine.local import LocalEngine
 from tandem.models.causal import CausalPolicy
 from tandem.models.scalar import ScalarModel
-from tandem.rollout import torch_generator
 from tandem.run.folder import read_metrics
 from tandem.stages import joint
 from test_commands import pair_file, ppo_words, with_function, write
@@ -45,7 +44,7 @@ def infinite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 PLACES = {
-    "the generator": (torch_generator, "sample", 20, lambda found: (found[0], nan(found[1]))),
+    "the generator": (CausalPolicy, "draw", 20, lambda found: (found[0], nan(found[1]))),
     "the policy's log-probabilities": (CausalPolicy, "logprobs", 8, nan),
     "values": (ScalarModel, "values", 6, nan),
     "advantages": (joint.algo, "gae", 8, nan),

@@ -29,7 +29,10 @@ class CompiledLayers:
 
     def __init__(self, layers: nn.ModuleList) -> None:
         # Gradients of one pass are asked for more than once where those of two losses are compared.
+        # Code that torch's cache on disk holds from a process that allowed itself to overwrite what a backward pass was
+        # left would give wrong gradients the second time, so ours is kept apart.
         torch._functorch.config.donated_buffer = False
+        torch.compiler.config.cache_key_tag = "tandem"
         self._layers: Any = layers
         self._compiled: dict[Forward, Forward] = {}
         for place, layer in enumerate(self._layers):
