@@ -11,7 +11,7 @@ import torch
 
 from faults.same import differences
 from tandem.cli import main
-from tandem.config import PpoConfig
+from tandem.config import AdapterSection, PpoConfig
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.compiling import CompiledLayers, CompiledPasses
 from tandem.models.loading import load_causal
@@ -104,6 +104,50 @@ def test_two_losses_may_ask_one_compiled_pass_for_gradients(tiny):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
     layers.undo()
     assert all("forward" not in vars(layer) for layer in trunk.layers)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("adapter", "padded"),
+    [("policy", True), *(pytest.param(*case, marks=pytest.mark.long) for case in [("policy", False), (None, True)])],
+)
+def test_a_token_is_computed_by_the_code_of_the_token_before(tiny, adapter, padded):
+    """Rows that leave and move keep it; a response with a cache of its own finds its code anew."""
+    policy = in_float32(tiny())
+    if adapter:
+        for parameter in policy.trunk.add_adapter(adapter, AdapterSection(rank=4)):
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    policy = CausalPolicy(policy.trunk, FULL_DISTRIBUTION, adapter)
+    ids = torch.randint(0, 300, (9, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:3, :2] = 0
+    stays = {14: [0, 1, 2, 3, 4, 5, 6, 8], 15: [6, 0, 4], 18: [2, 1], 20: [1]}
+
+    def respond() -> tuple[list[torch.Tensor], list[list[object]]]:
+        """The logits of each token, and after each what the layers keep for the next one."""
+        cache, rows = policy.new_cache(24), torch.arange(9)
+        logits, kept = [], []
+        with policy.gathered():
+            for first, end in [(0, 12), *((place, place + 1) for place in range(12, 24))]:
+                seen = mask[rows, :end] if padded else None
+                places = torch.arange(first, end).expand(len(rows), -1)
+                logits.append(policy.next_logits(ids[rows, first:end], seen, places, cache))
+                kept.append([layer.repeat for layer in cache.layers])
+                if end in stays:
+                    cache.batch_select_indices(torch.tensor(stays[end]))
+                    rows = rows[stays[end]]
+        return logits, kept
+
+    plain = respond()[0]
+    layers = CompiledLayers(policy.trunk.layers)
+    found, kept = respond()
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(found, plain, strict=True))
+    assert None not in kept[1], "the first token after the prompt is looked up"
+    assert all(later == kept[1] for later in kept[2:]), "and repeated for all that follow"
+    again, anew = respond()
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    assert anew[1] != kept[1]
+    layers.undo()
 
 
 @needs_compiler

@@ -24,16 +24,20 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self._capacity = capacity
         self._room: tuple[Tensor, Tensor] | None = None
+        self.repeat: Any = None
+        """What compiled code keeps of a token for the next one (`tandem.models.repeating`)."""
 
     @property
     def is_empty(self) -> bool:
         """Whether the next positions are a prompt's, the first."""
         return not self.is_initialized
 
-    @property
-    def has_room(self) -> bool:
-        """Whether the next token is written into room that is there."""
-        return self._room is not None and self.keys.shape[2] < self._room[0].shape[2]
+    def make_room(self) -> bool:
+        """Take room after the prompt; whether one more token fits into it."""
+        if self._room is None:
+            self._take_room(self.keys.shape[0], self.keys.shape[2])
+        assert self._room is not None
+        return self.keys.shape[2] < self._room[0].shape[2]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add positions; returns all there are. The first ones, a prompt's, are kept as they come."""
@@ -49,7 +53,10 @@ class RoomyLayer(DynamicLayer):
         rows = len(key_states)
         for room, states in zip(self._room, (key_states, value_states), strict=True):
             room[:rows, :, start:end] = states
-        self._show(rows, end)
+        if torch.compiler.is_compiling():
+            # What compiled code gives back besides its output costs as much as one of its steps.
+            return self._room[0][:rows, :, :end], self._room[1][:rows, :, :end]
+        self.show(rows, end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -60,7 +67,14 @@ class RoomyLayer(DynamicLayer):
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
         for room, held in zip(self._room, (self.keys, self.values), strict=True):
             room[moved, :, : held.shape[2]] = held[indices[moved]]
-        self._show(len(indices), self.keys.shape[2])
+        # Code for a token is made for room of as many rows as there are.
+        self._room = (self._room[0][: len(indices)], self._room[1][: len(indices)])
+        self.show(len(indices), self.keys.shape[2])
+
+    def show(self, rows: int, length: int) -> None:
+        """Hold what lies in the room so far; compiled code writes into it and leaves this to its caller."""
+        assert self._room is not None
+        self.keys, self.values = (room[:rows, :, :length] for room in self._room)
 
     def _take_room(self, rows: int, length: int, indices: Tensor | None = None) -> None:
         rooms = []
@@ -69,11 +83,7 @@ class RoomyLayer(DynamicLayer):
             room[:, :, : held.shape[2]] = held if indices is None else held[indices]
             rooms.append(room)
         self._room = (rooms[0], rooms[1])
-        self._show(rows, self.keys.shape[2])
-
-    def _show(self, rows: int, length: int) -> None:
-        assert self._room is not None
-        self.keys, self.values = (room[:rows, :, :length] for room in self._room)
+        self.show(rows, self.keys.shape[2])
 
 
 def roomy_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:

@@ -14,6 +14,7 @@ from tandem.algo import Passes, put_slope, sums_over_rows
 from tandem.models import kernels
 from tandem.models.cache import RoomyLayer
 from tandem.models.causal import CausalPolicy
+from tandem.models.repeating import NextTokens, compile_graph
 
 Forward = Callable[..., Any]
 _VARIANTS = 64
@@ -35,10 +36,14 @@ class CompiledLayers:
         torch.compiler.config.cache_key_tag = "tandem"
         self._layers: Any = layers
         self._compiled: dict[Forward, Forward] = {}
+        self._next_tokens: dict[Forward, NextTokens] = {}
         for place, layer in enumerate(self._layers):
             kind = type(layer).forward
             if kind not in self._compiled:
-                self._compiled[kind] = torch.compile(kind, dynamic=True, recompile_limit=_VARIANTS)  # type: ignore[call-overload]
+                self._compiled[kind] = torch.compile(
+                    kind, dynamic=True, backend=compile_graph, recompile_limit=_VARIANTS
+                )  # type: ignore[call-overload]
+                self._next_tokens[kind] = NextTokens(kind)
             layer.forward = self._forward(layer, place, kind)
 
     def settle(self) -> None:
@@ -60,18 +65,27 @@ class CompiledLayers:
             if cache is None:
                 return self._compiled[kind](layer, hidden_states, *inputs, **named)
             held = cache.layers[place]
-            if type(held) is not RoomyLayer or not (held.is_empty or (held.has_room and hidden_states.shape[1] == 1)):
+            if type(held) is not RoomyLayer or not (
+                held.is_empty or (hidden_states.shape[1] == 1 and held.make_room())
+            ):
                 return plain(hidden_states, *inputs, **named)
 
             # Code that is to do for every layer must not look for its own part of the cache.
             def own(given: Any) -> Any:
                 return held if given is cache else given
 
-            return self._compiled[kind](
-                layer, hidden_states, *map(own, inputs), **{name: own(given) for name, given in named.items()}
-            )
+            given = (hidden_states, *map(own, inputs))
+            named = {name: own(value) for name, value in named.items()}
+            if held.is_empty:
+                return self._compiled[kind](layer, *given, **named)
+            return self._next_tokens[kind](self._compiled[kind], layer, held, given, named)
 
         return forward
+
+
+def _is_compiled(held: RoomyLayer, length: int) -> bool:
+    """A whole prompt, or one more token for which there is room."""
+    return held.is_empty or (length == 1 and held.make_room())
 
 
 class CompiledPasses:
