@@ -13,6 +13,7 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -55,9 +56,10 @@ inline float greatest_of(Vec vec) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, vec);
 }
 
-template <typename T>
+// Into the nearest cache (3), or the next one (2), from which more can be on its way at once.
+template <int kNearness, typename T>
 inline void fetch_ahead(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, kNearness);
 }
 
 // ---- Products ----------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ inline void multiply_tiles(const BFloat16* rows, int64_t inputs, const BFloat16*
   if constexpr (kTiles > 2) _tile_zero(2);
   if constexpr (kTiles > 3) _tile_zero(3);
   for (int64_t k = 0; k < inputs; k += depth, matrix += depth * kTile) {
-    fetch_ahead(matrix + 16 * kTileNumbers, kTileNumbers);
+    fetch_ahead<3>(matrix + 16 * kTileNumbers, kTileNumbers);
     _tile_loadd(4, matrix, 64);
     const BFloat16* last = rows + (kTiles - 1) * kTile * inputs + k;
     if constexpr (kTiles > 1) {
@@ -163,9 +165,9 @@ void multiply_few(const BFloat16* rows, int64_t count, int64_t inputs, const Ten
           default: multiply_tiles<4>(x, inputs, w, depth);
         }
         _tile_stored(0, sums, 64);
-        if (tiles > 1) _tile_stored(1, sums + 256, 64);
-        if (tiles > 2) _tile_stored(2, sums + 512, 64);
-        if (tiles > 3) _tile_stored(3, sums + 768, 64);
+        if (tiles > 1) _tile_stored(1, sums + kTile * kTile, 64);
+        if (tiles > 2) _tile_stored(2, sums + 2 * kTile * kTile, 64);
+        if (tiles > 3) _tile_stored(3, sums + 3 * kTile * kTile, 64);
         const __m512 shift = bias ? __m512(load(bias + block * kTile)) : _mm512_setzero_ps();
         for (int64_t i = 0; i < here; i++) {
           const __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i * kTile), shift);
@@ -204,52 +206,89 @@ Tensor multiply_packed(const Tensor& rows, const Tensor& packed, const Tensor& w
 
 // ---- Attention of a single query ---------------------------------------------------------------------------------
 
+// Query heads that read the same keys and values together.
+constexpr int64_t kHeadsTogether = 4;
+
+// What `kHeads` queries read of keys and values [length, kWidth], whose rows are a stride apart; `shares` has `room` for
+// a head's scores. The next keys are sent for meanwhile.
+template <typename T, int64_t kWidth, int kHeads>
+void attend_together(const T* const* queries, const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
+                     const T* next_keys, int64_t length, const bool* read, int64_t read_stride, float scaling,
+                     float* shares, int64_t room, T* to) {
+  constexpr int64_t vecs = kWidth / kLanes;
+  Vec asked[kHeads][vecs], sum[kHeads][vecs];
+  float greatest[kHeads], total[kHeads];
+  for (int h = 0; h < kHeads; h++) {
+    greatest[h] = kLowest, total[h] = 0;
+    for (int i = 0; i < vecs; i++) asked[h][i] = load(queries[h] + i * kLanes) * Vec(scaling), sum[h][i] = Vec(0.f);
+  }
+  for (int64_t s = 0; s < length; s++) {
+    fetch_ahead<2>(values + s * value_stride, kWidth);
+    Vec dot[kHeads];
+    for (int i = 0; i < vecs; i++) {
+      const Vec key = load(keys + s * key_stride + i * kLanes);
+      for (int h = 0; h < kHeads; h++) dot[h] = i ? at::vec::fmadd(asked[h][i], key, dot[h]) : asked[h][i] * key;
+    }
+    const bool reads = !read || read[s * read_stride];
+    for (int h = 0; h < kHeads; h++) {
+      const float score = reads ? sum_of(dot[h]) : kLowest;
+      shares[h * room + s] = score;
+      greatest[h] = std::max(greatest[h], score);
+    }
+  }
+  for (int h = 0; h < kHeads; h++) {
+    float* p = shares + h * room;
+    for (int64_t s = 0; s < length; s += kLanes) (Vec::loadu(p + s) - Vec(greatest[h])).exp_u20().store(p + s);
+    for (int64_t s = 0; s < length; s++) total[h] += p[s];
+  }
+  for (int64_t s = 0; s < length; s++) {
+    fetch_ahead<2>(next_keys + s * key_stride, kWidth);
+    for (int i = 0; i < vecs; i++) {
+      const Vec value = load(values + s * value_stride + i * kLanes);
+      for (int h = 0; h < kHeads; h++) sum[h][i] = at::vec::fmadd(Vec(shares[h * room + s]), value, sum[h][i]);
+    }
+  }
+  for (int h = 0; h < kHeads; h++)
+    for (int i = 0; i < vecs; i++) {
+      float found[kLanes];
+      (sum[h][i] / Vec(total[h])).store(found);
+      for (int j = 0; j < kLanes; j++) to[h * kWidth + i * kLanes + j] = T(found[j]);
+    }
+}
+
 // As `attend_one`, for heads of a width that is known when this is compiled.
 template <typename T, int64_t kWidth>
 void attend(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
             double scaling, Tensor& out) {
-  constexpr int64_t vecs = kWidth / kLanes;
   const int64_t heads = query.size(1), sets = keys.size(1), length = keys.size(2), group = heads / sets;
   const auto qs = query.strides(), ks = keys.strides(), vs = values.strides();
   const T *q = query.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
   const bool* read = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
   const int64_t mask_row = read && mask->size(0) > 1 ? mask->stride(0) : 0, mask_place = read ? mask->stride(3) : 0;
+  const int64_t room = (length + kLanes - 1) / kLanes * kLanes;
   T* to = out.mutable_data_ptr<T>();
   at::parallel_for(0, query.size(0) * sets, 1, [&](int64_t first, int64_t end) {
-    std::vector<float> shares((length + kLanes - 1) / kLanes * kLanes);
-    float* p = shares.data();
+    std::vector<float> shares(kHeadsTogether * room);
     for (int64_t n = first; n < end; n++) {
       const int64_t row = n / sets, set = n % sets;
       const T *keys_of = k + row * ks[0] + set * ks[1], *values_of = v + row * vs[0] + set * vs[1];
+      const bool* read_of = read ? read + row * mask_row : nullptr;
       // Keys and values are met once a token, so they come from afar: the next are sent for while these are read.
       const T* next_keys = n + 1 < end ? k + (n + 1) / sets * ks[0] + (n + 1) % sets * ks[1] : keys_of;
-      for (int64_t head = set * group; head < (set + 1) * group; head++) {
-        Vec asked[vecs], sum[vecs];
-        for (int i = 0; i < vecs; i++) {
-          asked[i] = load(q + row * qs[0] + head * qs[1] + i * kLanes) * Vec(float(scaling));
-          sum[i] = Vec(0.f);
-        }
-        float greatest = kLowest;
-        for (int64_t s = 0; s < length; s++) {
-          const T* key = keys_of + s * ks[2];
-          fetch_ahead(values_of + s * vs[2], kWidth);
-          Vec dot = asked[0] * load(key);
-          for (int i = 1; i < vecs; i++) dot = at::vec::fmadd(asked[i], load(key + i * kLanes), dot);
-          p[s] = read && !read[row * mask_row + s * mask_place] ? kLowest : sum_of(dot);
-          greatest = std::max(greatest, p[s]);
-        }
-        float total = 0;
-        for (int64_t s = 0; s < length; s += kLanes) (Vec::loadu(p + s) - Vec(greatest)).exp_u20().store(p + s);
-        for (int64_t s = 0; s < length; s++) total += p[s];
-        for (int64_t s = 0; s < length; s++) {
-          const T* value = values_of + s * vs[2];
-          fetch_ahead(next_keys + s * ks[2], kWidth);
-          for (int i = 0; i < vecs; i++) sum[i] = at::vec::fmadd(Vec(p[s]), load(value + i * kLanes), sum[i]);
-        }
-        for (int i = 0; i < vecs; i++) {
-          float found[kLanes];
-          (sum[i] / Vec(total)).store(found);
-          for (int j = 0; j < kLanes; j++) to[(row * heads + head) * kWidth + i * kLanes + j] = T(found[j]);
+      for (int64_t head = set * group; head < (set + 1) * group; head += kHeadsTogether) {
+        const int64_t together = std::min(kHeadsTogether, (set + 1) * group - head);
+        const T* asking[kHeadsTogether];
+        for (int64_t h = 0; h < together; h++) asking[h] = q + row * qs[0] + (head + h) * qs[1];
+        T* here = to + (row * heads + head) * kWidth;
+        const auto attending = [&](auto count) {
+          attend_together<T, kWidth, count()>(asking, keys_of, ks[2], values_of, vs[2], next_keys, length, read_of,
+                                              mask_place, float(scaling), shares.data(), room, here);
+        };
+        switch (together) {
+          case 1: attending(std::integral_constant<int, 1>()); break;
+          case 2: attending(std::integral_constant<int, 2>()); break;
+          case 3: attending(std::integral_constant<int, 3>()); break;
+          default: attending(std::integral_constant<int, 4>());
         }
       }
     }
