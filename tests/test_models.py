@@ -227,6 +227,11 @@ def test_every_row_is_in_one_group_that_fits():
     assert all(len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= 12 for rows in groups)
 
 
+def test_groups_are_few_and_of_like_size():
+    assert [len(rows) for rows in split_by_tokens(torch.full((64,), 96), 2048)] == [16] * 4, "not 21, 21, 21 and 1"
+    assert [len(rows) for rows in split_by_tokens(torch.tensor([90] * 12 + [20] * 30), 1000)] == [6, 6, 30]
+
+
 def test_bfloat16_models_compute_close_to_float32(tiny):
     exact = CausalPolicy(Trunk(load(tiny())), FULL_DISTRIBUTION).logprobs(some_tokens())
     rough = CausalPolicy(Trunk(load(tiny(), torch.bfloat16)), FULL_DISTRIBUTION).logprobs(some_tokens())

@@ -245,20 +245,35 @@ def split_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
 
     lengths [B] -> row indices, each once, longest first: the first group needs the most memory, so a run that
     does not fit fails at its start. A group of SMALLEST_GROUP tokens or more ends early, before a row that would be
-    more than a tenth padding.
+    more than a tenth padding. The groups are as few as can be and of like size: each has costs that do not depend on
+    its rows, and a rest of a row or two would have them too.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     ordered = lengths[order].tolist()
-    groups: list[Tensor] = []
+    sizes = _group_sizes(ordered, budget)
+    too_small = 0
+    while budget - too_small > 1:
+        middle = (budget + too_small) // 2
+        smaller = _group_sizes(ordered, middle)
+        if len(smaller) > len(sizes):
+            too_small = middle
+        else:
+            budget, sizes = middle, smaller
+    return list(order.split(sizes))
+
+
+def _group_sizes(lengths: list[int], budget: int) -> list[int]:
+    """How many of the rows, the longest first, each group of `split_by_tokens` takes where it takes what it can."""
+    sizes: list[int] = []
     start = 0
-    while start < len(ordered):
-        longest, end = max(1, ordered[start]), start + 1
+    while start < len(lengths):
+        longest, end = max(1, lengths[start]), start + 1
         while (
-            end < len(ordered)
+            end < len(lengths)
             and (end + 1 - start) * longest <= budget
-            and (ordered[end] >= 0.9 * longest or (end - start) * longest < SMALLEST_GROUP)
+            and (lengths[end] >= 0.9 * longest or (end - start) * longest < SMALLEST_GROUP)
         ):
             end += 1
-        groups.append(order[start:end])
+        sizes.append(end - start)
         start = end
-    return groups
+    return sizes
