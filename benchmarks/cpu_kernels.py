@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tandem.algo import Passes, Upstream, put_slope, sample, sums_over_rows
 from tandem.allocator import keep_memory
 from tandem.models.attention import _one_token_in_sums, attend_on_cpu
-from tandem.models.kernels import attend_one, draw, load_kernels, packed_product
+from tandem.models.kernels import attend_one, draw, load_kernels, packed_product, weight_gradients
 from tandem.models.packing import packed
 
 SHAPES = [(21, 6, 6, 96, 48), (32, 9, 3, 48, 64), (8, 9, 3, 256, 64), (4, 9, 3, 512, 64), (2, 9, 3, 1024, 64)]
@@ -128,6 +128,20 @@ def matrices() -> None:
             print(f"{name}: as it is {as_is:.3f}, laid out by oneDNN {laid_out:.3f}, by our kernel {kernel:.3f}")
 
 
+def gradients() -> None:
+    """Of a layer's matrices that met the same rows: oneDNN one after the other, and our operator."""
+    for outputs, inputs in [((288,) * 3, 288), ((768,) * 2, 288), ((288,), 768), ((576, 192, 192), 576)]:
+        rows = torch.randn(1_536, inputs).bfloat16()
+        upstream = [torch.randn(1_536, width).bfloat16() for width in outputs]
+        ways: list[Callable[[], object]] = [
+            lambda: [gradient.T @ rows for gradient in upstream],  # noqa: B023
+            lambda: weight_gradients(upstream, rows),  # noqa: B023
+        ]
+        one_by_one, ours = in_turn(ways)
+        name = f"gradients of matrices {' and '.join(f'{width} x {inputs}' for width in outputs)} of 1,536 rows"
+        print(f"{name}: by oneDNN {one_by_one:.3f}, by our kernel {ours:.3f}")
+
+
 @torch.no_grad()
 def draws() -> None:
     for vocabulary in (32_000, 49_152):
@@ -162,4 +176,5 @@ if __name__ == "__main__":
     one_token_by_layer()
     if torch.ops.tandem_cpu.has_matrix_units():
         matrices()
+        gradients()
     draws()

@@ -80,7 +80,7 @@ def test_layers_are_compiled_where_kernels_cannot_be_built(tiny, tmp_path, capsy
     capsys.readouterr()
     assert main([*words, COMPILED]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "sampling is slower than it could be: g++ cannot compile kernels.cpp: it is too old" in said
+    assert "the run is slower than it could be: g++ cannot compile kernels.cpp: it is too old" in said
     assert "not compiled" not in said
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch.nn.functional import linear
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tandem.algo import sample
@@ -15,6 +16,7 @@ from tandem.models.attention import _one_token, _one_token_in_sums
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.compiling import CompiledLayers, KernelSampling
 from tandem.models.trunk import Trunk
+from tandem.types import whole_texts
 
 pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="the operators are built with g++")
 UNITS = torch.cpu.get_capabilities().get("amx_bf16", False)
@@ -70,6 +72,53 @@ def test_only_whole_tiles_are_multiplied():
     assert not kernels.multiplies(torch.zeros(16, 32))
     with pytest.raises(RuntimeError, match="whole tiles"):
         torch.ops.tandem_cpu.pack(torch.zeros(17, 32, dtype=torch.bfloat16))
+
+
+@needs_units
+@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize(("outputs", "inputs"), [([16], 16), ([32], 48), ([48, 16, 32], 32), ([96, 64], 80)])
+def test_gradients_of_matrices(rows, outputs, inputs):
+    """Each as near to that of the same numbers in float64 as rounding the answer to bfloat16 is."""
+    given = torch.randn(rows, inputs).bfloat16()
+    upstream = [torch.randn(rows, width).bfloat16() for width in outputs]
+    assert all(kernels.finds_gradient(gradient, given) for gradient in upstream)
+    for found, gradient in zip(kernels.weight_gradients(upstream, given), upstream, strict=True):
+        truth = gradient.double().T @ given.double()
+        assert torch.allclose(found.double(), truth, rtol=2**-8, atol=1e-5)
+
+
+def test_gradients_of_other_matrices_are_left_alone():
+    tiles = torch.zeros(3, 32, dtype=torch.bfloat16)
+    assert not kernels.finds_gradient(tiles[:, :24], tiles)
+    assert not kernels.finds_gradient(tiles, tiles[:, :24])
+    assert not kernels.finds_gradient(tiles.float(), tiles.float())
+
+
+@needs_units
+def test_compiled_layers_find_gradients_by_the_operator():
+    """Query, key and value together, gate and up together; as near to those of float32 as uncompiled ones are."""
+    model = LlamaForCausalLM(SHAPE).bfloat16()
+    exact = LlamaForCausalLM(SHAPE)
+    exact.load_state_dict(model.state_dict())
+    policy, truth = (CausalPolicy(Trunk(each), FULL_DISTRIBUTION) for each in (model, exact))
+    texts, slope = whole_texts([[(5 * row + place) % 96 for place in range(9)] for row in range(5)]), torch.randn(64)
+
+    def gradients(of: CausalPolicy) -> list[torch.Tensor]:
+        loss = (of.trunk.hidden(texts).float() * slope).sum()
+        return list(torch.autograd.grad(loss, list(of.trunk.layers.parameters())))
+
+    expected, plain = gradients(truth), gradients(policy)
+    KernelSampling([policy])
+    layers = CompiledLayers(policy.trunk.layers)
+    gradients(policy)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = gradients(policy)
+    layers.undo()
+    calls = {event.key: event.count for event in seen.key_averages()}
+    assert calls["tandem_cpu::weight_gradients"] == 2 * 4
+    for compiled, written, exactly in zip(found, plain, expected, strict=True):
+        gap, usual = ((each.float() - exactly).norm() / exactly.norm() for each in (compiled, written))
+        assert gap < max(1.5 * usual, 0.01)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -1,4 +1,5 @@
-// What sampling a token spends its time on, on a CPU: products of few rows, one query that attends, and the draw.
+// What libraries leave a CPU waiting for: in sampling a token, products of few rows, one query that attends, and the draw;
+// in training, the gradients of matrices.
 // Built and described by kernels.py. Each has a plain way in Python, to which tests/test_kernels.py holds it.
 
 #include <ATen/Parallel.h>
@@ -12,8 +13,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -181,11 +184,124 @@ void multiply_few(const BFloat16* rows, int64_t count, int64_t inputs, const Ten
   });
 }
 
+// 32 rows of 32 columns, or of 16, as blocks [16 pairs of rows][16 columns][2], the second one `next` behind the first;
+// zeros where there are fewer rows.
+inline void pair_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t columns, BFloat16* to, int64_t next) {
+  alignas(64) uint16_t left[kDepth], right[kDepth];
+  for (int i = 0; i < kDepth; i++) left[i] = i / 2 + i % 2 * kDepth, right[i] = left[i] + kTile;
+  const __m512i to_left = _mm512_load_si512(left), to_right = _mm512_load_si512(right);
+  const __mmask32 there = columns > kTile ? ~0u : 0xffffu;
+  for (int64_t pair = 0; pair < kTile; pair++) {
+    const auto row = [&](int64_t n) {
+      return n < rows ? _mm512_maskz_loadu_epi16(there, from + n * stride) : _mm512_setzero_si512();
+    };
+    const __m512i first = row(2 * pair), second = row(2 * pair + 1);
+    BFloat16* here = to + pair * kDepth;
+    _mm512_storeu_si512(here, _mm512_permutex2var_epi16(first, to_left, second));
+    if (columns > kTile) _mm512_storeu_si512(here + next, _mm512_permutex2var_epi16(first, to_right, second));
+  }
+}
+
+// The sums [kDown][kAcross] of one or two tiles a step of each side, whose second ones lie `steps` tiles behind.
+template <int kDown, int kAcross>
+inline void multiply_square(const BFloat16* down, const BFloat16* across, int64_t steps, float* sums) {
+  const int64_t next = steps * kTileNumbers;
+  _tile_zero(0);
+  if constexpr (kAcross > 1) _tile_zero(1);
+  if constexpr (kDown > 1) _tile_zero(2);
+  if constexpr (kDown > 1 && kAcross > 1) _tile_zero(3);
+  for (int64_t k = 0; k < next; k += kTileNumbers) {
+    fetch_ahead<3>(across + k + 2 * kTileNumbers, kTileNumbers);
+    _tile_loadd(4, down + k, 64);
+    _tile_loadd(6, across + k, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kAcross > 1) {
+      fetch_ahead<3>(across + next + k + 2 * kTileNumbers, kTileNumbers);
+      _tile_loadd(7, across + next + k, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kDown > 1) {
+      _tile_loadd(5, down + next + k, 64);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (kDown > 1 && kAcross > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, 64);
+  if constexpr (kAcross > 1) _tile_stored(1, sums + kTile * kTile, 64);
+  if constexpr (kDown > 1) _tile_stored(2, sums + 2 * kTile * kTile, 64);
+  if constexpr (kDown > 1 && kAcross > 1) _tile_stored(3, sums + 3 * kTile * kTile, 64);
+}
+
+inline void round_tile(const float* sums, BFloat16* to, int64_t stride) {
+  for (int64_t i = 0; i < kTile; i++)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * stride),
+                        (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(sums + i * kTile)));
+}
+
+// One or two tiles of outputs of a matrix's gradient [outputs, inputs], from `down`, laid out for it, and all of `across`.
+void multiply_strip(const BFloat16* down, int64_t tiles, const BFloat16* across, int64_t inputs, int64_t steps,
+                    BFloat16* out) {
+  alignas(64) float sums[4 * kTile * kTile];
+  for (int64_t n = 0; n < inputs; n += 2 * kTile, across += 2 * steps * kTileNumbers) {
+    const bool both = n + kTile < inputs;
+    if (tiles == 2 && both) multiply_square<2, 2>(down, across, steps, sums);
+    else if (tiles == 2) multiply_square<2, 1>(down, across, steps, sums);
+    else if (both) multiply_square<1, 2>(down, across, steps, sums);
+    else multiply_square<1, 1>(down, across, steps, sums);
+    for (int64_t m = 0; m < tiles; m++)
+      for (int64_t side = 0; side < 1 + both; side++)
+        round_tile(sums + (2 * m + side) * kTile * kTile, out + m * kTile * inputs + n + side * kTile, inputs);
+  }
+}
+
+// Of rows that met several matrices, and the upstream gradients of what came of it: the matrices' gradients. Both are
+// laid out as the units read them, the rows once for all.
+void multiply_upstream(const std::vector<Tensor>& upstream, const Tensor& rows, const std::vector<Tensor>& out) {
+  const int64_t count = rows.size(0), inputs = rows.size(1), steps = (count + kDepth - 1) / kDepth;
+  const BFloat16* x = rows.const_data_ptr<BFloat16>();
+  Tensor laid_out = at::empty({inputs / kTile * steps * kTileNumbers}, rows.options());
+  BFloat16* across = laid_out.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, steps, 1, [&](int64_t first, int64_t end) {
+    for (int64_t k = first; k < end; k++)
+      for (int64_t n = 0; n < inputs; n += 2 * kTile)
+        pair_rows(x + k * kDepth * inputs + n, inputs, count - k * kDepth, inputs - n,
+                  across + (n / kTile * steps + k) * kTileNumbers, steps * kTileNumbers);
+  });
+  std::vector<std::pair<size_t, int64_t>> strips;
+  for (size_t i = 0; i < upstream.size(); i++)
+    for (int64_t m = 0; m < upstream[i].size(1); m += 2 * kTile) strips.emplace_back(i, m);
+  at::parallel_for(0, strips.size(), 1, [&](int64_t first, int64_t end) {
+    alignas(64) TileShapes before, shapes;
+    _tile_storeconfig(&before);
+    for (int i = 0; i < 8; i++) shapes.bytes_a_row[i] = 64, shapes.rows[i] = kTile;
+    _tile_loadconfig(&shapes);
+    const std::unique_ptr<BFloat16[]> down(new BFloat16[2 * steps * kTileNumbers]);
+    alignas(64) BFloat16 pairs[2 * kTileNumbers];
+    for (int64_t strip = first; strip < end; strip++) {
+      const auto [i, m] = strips[strip];
+      const int64_t outputs = upstream[i].size(1), tiles = std::min<int64_t>(2, (outputs - m) / kTile);
+      const BFloat16* g = upstream[i].const_data_ptr<BFloat16>() + m;
+      for (int64_t k = 0; k < steps; k++) {
+        pair_rows(g + k * kDepth * outputs, outputs, count - k * kDepth, tiles * kTile, pairs, kTileNumbers);
+        for (int64_t tile = 0; tile < tiles; tile++)
+          at::vec::transpose_mxn<float, kTile, kTile>(
+              reinterpret_cast<const float*>(pairs + tile * kTileNumbers), kTile,
+              reinterpret_cast<float*>(down.get() + (tile * steps + k) * kTileNumbers), kTile);
+      }
+      multiply_strip(down.get(), tiles, across, inputs, steps, out[i].mutable_data_ptr<BFloat16>() + m * inputs);
+    }
+    if (before.palette) _tile_loadconfig(&before);
+    else _tile_release();
+  });
+}
+
 #else
 
 bool has_matrix_units() { return false; }
 
 void multiply_few(const BFloat16*, int64_t, int64_t, const Tensor&, const BFloat16*, BFloat16*) {}
+
+void multiply_upstream(const std::vector<Tensor>&, const Tensor&, const std::vector<Tensor>&) {}
 
 #endif
 
@@ -201,6 +317,19 @@ Tensor multiply_packed(const Tensor& rows, const Tensor& packed, const Tensor& w
   Tensor out = at::empty(sizes, x.options());
   multiply_few(x.const_data_ptr<BFloat16>(), count, inputs, packed,
                bias.has_value() ? bias->const_data_ptr<BFloat16>() : nullptr, out.mutable_data_ptr<BFloat16>());
+  return out;
+}
+
+// Of upstream gradients [N, outputs] and rows [N, inputs] of whole tiles: upstream^T rows, [outputs, inputs] each.
+std::vector<Tensor> weight_gradients(at::TensorList upstream, const Tensor& rows) {
+  TORCH_CHECK(has_matrix_units(), "there are no matrix units for bfloat16");
+  std::vector<Tensor> given, out;
+  for (const Tensor& gradient : upstream) {
+    TORCH_CHECK(gradient.size(1) % kTile == 0 && rows.size(1) % kTile == 0, "no whole tiles");
+    given.push_back(gradient.contiguous());
+    out.push_back(at::empty({gradient.size(1), rows.size(1)}, rows.options()));
+  }
+  multiply_upstream(given, rows.contiguous(), out);
   return out;
 }
 
@@ -388,6 +517,7 @@ TORCH_LIBRARY(tandem_cpu, library) {
   library.def("has_matrix_units() -> bool", &has_matrix_units);
   library.def("pack(Tensor weight) -> Tensor");
   library.def("multiply_packed(Tensor rows, Tensor packed, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("weight_gradients(Tensor[] upstream, Tensor rows) -> Tensor[]");
   library.def("attend_one(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scaling) -> Tensor");
   library.def("draw(Tensor logits, Tensor uniform) -> (Tensor, Tensor)");
 }
@@ -395,6 +525,7 @@ TORCH_LIBRARY(tandem_cpu, library) {
 TORCH_LIBRARY_IMPL(tandem_cpu, CPU, library) {
   library.impl("pack", &pack);
   library.impl("multiply_packed", &multiply_packed);
+  library.impl("weight_gradients", &weight_gradients);
   library.impl("attend_one", &attend_one);
   library.impl("draw", &draw);
 }

@@ -1,7 +1,8 @@
-"""Operators of our own for sampling on a CPU: C++ (`kernels.cpp`), built by the compiler that torch uses too.
+"""Operators of our own on a CPU: C++ (`kernels.cpp`), built by the compiler that torch uses too.
 
 In sampling a few rows meet every matrix, key and value once a token. What there is for it in torch and oneDNN reads
-them at a third to a half of the rate at which memory gives them.
+them at a third to a half of the rate at which memory gives them. In training, oneDNN finds a narrow matrix's gradient
+at half of the rate of its other products.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,13 @@ def load_kernels() -> None:
     torch.ops.load_library(_built())
     torch.library.register_fake("tandem_cpu::multiply_packed", _shape_of_product)
     torch.library.register_fake("tandem_cpu::attend_one", _shape_of_attention)
+    torch.library.register_fake("tandem_cpu::weight_gradients", _shapes_of_gradients)
     _loaded = True
+
+
+def are_loaded() -> bool:
+    """Whether this process has loaded the operators."""
+    return _loaded
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +84,21 @@ def multiplies(weight: Tensor) -> bool:
     return tiles and weight.dtype == torch.bfloat16 and bool(torch.ops.tandem_cpu.has_matrix_units())
 
 
+def finds_gradient(upstream: Tensor, rows: Tensor) -> bool:
+    """Whether `weight_gradients` multiplies such matrices [N, outputs] and [N, inputs]: tiles of the matrix units."""
+    if not (_loaded and upstream.device.type == "cpu" and upstream.dtype == rows.dtype == torch.bfloat16):
+        return False
+    widths = (upstream.shape[1], rows.shape[1])
+    tiles = all(isinstance(width, int) and width % 16 == 0 for width in widths)
+    return tiles and bool(torch.ops.tandem_cpu.has_matrix_units())
+
+
+def weight_gradients(upstream: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """[outputs, inputs] for each upstream gradient [N, outputs] of what matrices made of the same rows [N, inputs]."""
+    found: list[Tensor] = torch.ops.tandem_cpu.weight_gradients(upstream, rows)
+    return found
+
+
 @torch.no_grad()
 def packed_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer's product, from a copy of its weights in the order in which the matrix units read them."""
@@ -92,6 +114,10 @@ def packed_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 def _shape_of_product(rows: Tensor, _: Tensor, weight: Tensor, __: Tensor | None) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
+def _shapes_of_gradients(upstream: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    return [rows.new_empty(gradient.shape[1], rows.shape[1]) for gradient in upstream]
 
 
 def _shape_of_attention(query: Tensor, _: Tensor, value: Tensor, *__: Any) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 from torch._dynamo import lookup_backend
 
 from tandem.models.cache import RoomyLayer
+from tandem.models.gradients import MatrixGradients
 
 Forward = Callable[..., Any]
 Inputs = tuple[Any, ...]
@@ -25,6 +26,12 @@ Graph = Callable[..., Sequence[Any]]
 Reader = Callable[[Mapping[str, Any]], Inputs]
 _PART_OF_AN_INPUT = re.compile(r"L\['\w+'\](\.\w+(\(\))?|\[\d+\]|\['\w+'\])*")
 """As torch names what a graph is given: a Python expression of the function's arguments L."""
+_SETTINGS = {
+    # Sizes are looked at when code is looked up; looking at them between its steps is an eighth of a token's overhead.
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "post_grad_custom_post_pass": MatrixGradients(),
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,8 @@ _watched: ContextVar[list[Call] | None] = ContextVar("watched", default=None)
 def compile_graph(graph: Any, inputs: Any) -> Graph:
     """torch's own compiler, as a backend of `torch.compile` whose calls can be watched."""
     names = tuple(node._dynamo_source.name for node in graph.graph.nodes if node.op == "placeholder")
-    # Sizes are looked at when code is looked up; looking at them between its steps is an eighth of a token's overhead.
-    unchecked = {"size_asserts": False, "alignment_asserts": False}
     inductor: Any = lookup_backend("inductor")
-    compiled: Graph = inductor(graph, inputs, config_patches=unchecked)
+    compiled: Graph = inductor(graph, inputs, config_patches=_SETTINGS)
 
     def called(*given: Any) -> Sequence[Any]:
         found = compiled(*given)

@@ -94,7 +94,7 @@ def _sampling_by_kernels(samplers: Iterable[CausalPolicy], progress: Progress) -
     try:
         yield KernelSampling(samplers)
     except RuntimeError as error:
-        progress.say(f"sampling is slower than it could be: {error}")
+        progress.say(f"the run is slower than it could be: {error}")
 
 
 def _cannot(config: PpoConfig, error: Exception, progress: Progress) -> None:
