@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import get_hash_for_files
 from transformers import Cache
 
 from tandem.algo import Passes, put_slope, sums_over_rows
@@ -17,6 +19,7 @@ from tandem.models.causal import CausalPolicy
 from tandem.models.repeating import NextTokens, compile_graph
 
 Forward = Callable[..., Any]
+_SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.glob("*.py")))
 _VARIANTS = 64
 """How many ways a layer may be called, each with code of its own: with a gradient or without, by adapter, a token."""
 
@@ -31,9 +34,10 @@ class CompiledLayers:
     def __init__(self, layers: nn.ModuleList) -> None:
         # Gradients of one pass are asked for more than once where those of two losses are compared.
         # Code that torch's cache on disk holds from a process that allowed itself to overwrite what a backward pass was
-        # left would give wrong gradients the second time, so ours is kept apart.
+        # left would give wrong gradients the second time, and what another version of these files left there was found
+        # and could not be used. So ours is kept apart.
         torch._functorch.config.donated_buffer = False
-        torch.compiler.config.cache_key_tag = "tandem"
+        torch.compiler.config.cache_key_tag = f"tandem {get_hash_for_files(_SOURCES).hex()}"
         self._layers: Any = layers
         self._compiled: dict[Forward, Forward] = {}
         self._next_tokens: dict[Forward, NextTokens] = {}
