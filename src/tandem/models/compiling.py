@@ -69,9 +69,7 @@ class CompiledLayers:
             if cache is None:
                 return self._compiled[kind](layer, hidden_states, *inputs, **named)
             held = cache.layers[place]
-            if type(held) is not RoomyLayer or not (
-                held.is_empty or (hidden_states.shape[1] == 1 and held.make_room())
-            ):
+            if type(held) is not RoomyLayer or not _is_compiled(held, hidden_states.shape[1]):
                 return plain(hidden_states, *inputs, **named)
 
             # Code that is to do for every layer must not look for its own part of the cache.

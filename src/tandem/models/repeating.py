@@ -70,25 +70,18 @@ class NextTokens:
         self._positional = [parameter.name for parameter in parameters][1:]
         self._others = [parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
 
-    def __call__(
-        self,
-        looked_up: Callable[..., Any],
-        layer: Any,
-        held: RoomyLayer,
-        inputs: tuple[Any, ...],
-        named: dict[str, Any],
-    ) -> Any:
-        """What the layer gives for its inputs, the first of which are hidden states [rows, 1, H]; `held` grows by one.
+    def __call__(self, looked_up: Forward, layer: Any, held: RoomyLayer, inputs: Inputs, named: dict[str, Any]) -> Any:
+        """What the layer gives for hidden states [rows, 1, H], the first of its inputs; `held` grows by one.
 
-        `held` stands for the cache among the inputs.
+        `looked_up` is the compiled forward of this kind. `held` stands for the cache among the inputs.
         """
-        rows, length = len(inputs[0]), held.keys.shape[2]
-        if held.repeat is not None and held.repeat.holds_for(rows):
-            found = held.repeat(self._by_name(inputs, named))
+        rows, length, by_name = len(inputs[0]), held.keys.shape[2], self._by_name(inputs, named)
+        if held.repeat is not None and held.repeat.holds_for(rows, by_name):
+            found = held.repeat(by_name)
         else:
             with _watching() as calls:
                 found = looked_up(layer, *inputs, **named)
-            held.repeat = self._repeat(calls, found, rows)
+            held.repeat = self._repeat(calls, found, rows, by_name)
         held.show(rows, length + 1)
         return found
 
@@ -98,7 +91,7 @@ class NextTokens:
             by_name[name] = named
         return by_name
 
-    def _repeat(self, calls: Sequence[Call], output: object, rows: int) -> RepeatedCall | None:
+    def _repeat(self, calls: Sequence[Call], output: object, rows: int, by_name: dict[str, Any]) -> RepeatedCall | None:
         """The call that gave the output, if it was the only one and all that it was given is known by name."""
         if len(calls) != 1:
             return None
@@ -108,23 +101,27 @@ class NextTokens:
             return None
         # Code that is told the number of rows was made for any number of them.
         any_rows = f"L['{self._positional[0]}'].size()[0]" in changing
-        return RepeatedCall(calls[0], places[0], None if any_rows else rows)
+        return RepeatedCall(calls[0], places[0], None if any_rows else rows, _told(by_name))
 
 
 class RepeatedCall:
-    """A call of compiled code, to be made again with other inputs; `rows` if it was made for that number only."""
+    """A call of compiled code whose output was at a place, to be made again with other inputs.
 
-    def __init__(self, call: Call, place: int, rows: int | None) -> None:
+    `rows` if the code was made for that number only; `told` is what else of the inputs it was made for.
+    """
+
+    def __init__(self, call: Call, place: int, rows: int | None, told: Inputs) -> None:
         self._graph = call.graph
         self._place = place
         self._rows = rows
+        self._told = told
         self._changing = [number for number, name in enumerate(call.names) if not _of_the_layer(name)]
         self._read = _reader(tuple(call.names[number] for number in self._changing))
         self._given = [None if number in self._changing else value for number, value in enumerate(call.given)]
 
-    def holds_for(self, rows: int) -> bool:
-        """Whether it computes so many rows."""
-        return self._rows is None or self._rows == rows
+    def holds_for(self, rows: int, inputs: Mapping[str, Any]) -> bool:
+        """Whether the code computes so many rows of such inputs by their names."""
+        return (self._rows is None or self._rows == rows) and self._told == _told(inputs)
 
     def __call__(self, inputs: Mapping[str, Any]) -> Any:
         """The output for inputs by their names."""
@@ -142,6 +139,11 @@ def _watching() -> Iterator[list[Call]]:
         yield calls
     finally:
         _watched.reset(before)
+
+
+def _told(inputs: Mapping[str, Any]) -> Inputs:
+    """What code may be made for: numbers and words, and what is not given, such as a mask once no row is padded."""
+    return tuple(value if value is None or isinstance(value, int | float | str) else ... for value in inputs.values())
 
 
 def _of_the_layer(name: str) -> bool:
