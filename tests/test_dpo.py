@@ -43,6 +43,7 @@ def test_gradients_weigh_pairs_by_how_wrong_they_are():
     assert chosen.grad.tolist() == pytest.approx([-0.5, -1 / (1 + math.exp(5))], rel=1e-5)
 
 
+@pytest.mark.long
 def test_the_policy_nears_the_optimum_as_pairs_grow():
     task = tree(seed=0)
     gaps = [train_dpo(task, pairs, seed=0, steps=150) for pairs in (2**10, 2**12, 2**15)]

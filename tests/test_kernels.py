@@ -94,6 +94,7 @@ def test_gradients_of_other_matrices_are_left_alone():
     assert not kernels.finds_gradient(tiles.float(), tiles.float())
 
 
+@pytest.mark.long
 @needs_units
 def test_compiled_layers_find_gradients_by_the_operator():
     """Query, key and value together, gate and up together; as near to those of float32 as uncompiled ones are."""

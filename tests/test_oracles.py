@@ -230,6 +230,7 @@ def test_joint_training_reaches_the_optimum():
     assert found.certificates[-1] < 0.2 * found.certificates[0]
 
 
+@pytest.mark.long
 def test_sampling_one_update_behind_reaches_it_too():
     found = trained(TREE_ROWS, "staleness 1", steps=150, episodes=768)
     assert found.gap < 0.03

@@ -601,6 +601,7 @@ def test_the_command_says_what_sampling_by_layer_costs_and_which_cards_could_do_
     assert "rollout.vllm.tensor_parallel = 8" in said
 
 
+@pytest.mark.long
 def test_this_machine_is_planned_for_by_what_it_reaches(capsys):
     recipe = str(RECIPES / "ppo-0.5b-24gb.toml")
     assert main(["plan", recipe, "--gpus", "cpu", "--model-shape", "llama-15m", "--json"]) == 0
