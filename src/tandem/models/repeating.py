@@ -43,6 +43,11 @@ class Call:
     given: Inputs
     found: Sequence[Any]
 
+    @property
+    def changing(self) -> dict[int, str]:
+        """What may be another with the next call, by its place; the rest is the layer's own, or everyone's."""
+        return {place: name for place, name in enumerate(self.names) if not name.startswith(("L['self']", "G["))}
+
 
 _watched: ContextVar[list[Call] | None] = ContextVar("watched", default=None)
 
@@ -96,7 +101,7 @@ class NextTokens:
         if len(calls) != 1:
             return None
         places = [place for place, found in enumerate(calls[0].found) if found is output]
-        changing = [name for name in calls[0].names if not _of_the_layer(name)]
+        changing = calls[0].changing.values()
         if not places or not all(_PART_OF_AN_INPUT.fullmatch(name) for name in changing):
             return None
         # Code that is told the number of rows was made for any number of them.
@@ -115,8 +120,8 @@ class RepeatedCall:
         self._place = place
         self._rows = rows
         self._told = told
-        self._changing = [number for number, name in enumerate(call.names) if not _of_the_layer(name)]
-        self._read = _reader(tuple(call.names[number] for number in self._changing))
+        self._changing = tuple(call.changing)
+        self._read = _reader(tuple(call.changing.values()))
         self._given = [None if number in self._changing else value for number, value in enumerate(call.given)]
 
     def holds_for(self, rows: int, inputs: Mapping[str, Any]) -> bool:
@@ -146,14 +151,7 @@ def _told(inputs: Mapping[str, Any]) -> Inputs:
     return tuple(value if value is None or isinstance(value, int | float | str) else ... for value in inputs.values())
 
 
-def _of_the_layer(name: str) -> bool:
-    """Whether what has this name is the layer's own, or everyone's, and stays the same."""
-    return name.startswith(("L['self']", "G["))
-
-
 @cache
-def _reader(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-    reader: Callable[[Mapping[str, Any]], tuple[Any, ...]] = eval(
-        f"lambda L: ({''.join(f'{name},' for name in names)})"
-    )
+def _reader(names: tuple[str, ...]) -> Reader:
+    reader: Reader = eval(f"lambda L: ({''.join(f'{name},' for name in names)})")
     return reader
