@@ -35,7 +35,7 @@ class RoomyLayer(DynamicLayer):
     def make_room(self) -> bool:
         """Take room after the prompt; whether one more token fits into it."""
         if self._room is None:
-            self._take_room(self.keys.shape[0], self.keys.shape[2])
+            self._take_room(self.keys.shape[2])
         assert self._room is not None
         return self.keys.shape[2] < self._room[0].shape[2]
 
@@ -48,42 +48,42 @@ class RoomyLayer(DynamicLayer):
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if self._room is None or self._room[0].shape[2] < end:
-            self._take_room(self.keys.shape[0], end)
+            self._take_room(end)
         assert self._room is not None
-        rows = len(key_states)
         for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[:rows, :, start:end] = states
+            room[:, :, start:end] = states
         if torch.compiler.is_compiling():
             # What compiled code gives back besides its output costs as much as one of its steps.
-            return self._room[0][:rows, :, :end], self._room[1][:rows, :, :end]
-        self.show(rows, end)
+            return self._room[0][:, :, :end], self._room[1][:, :, :end]
+        self.show(end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Let row n be what row `indices[n]` was. Rows that stay where they are cost nothing; a row may be repeated."""
         if self._room is None or len(indices) > len(self._room[0]):
-            self._take_room(len(indices), self.keys.shape[2], indices)
+            self._take_room(self.keys.shape[2], indices)
             return
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
         for room, held in zip(self._room, (self.keys, self.values), strict=True):
             room[moved, :, : held.shape[2]] = held[indices[moved]]
         # Code for a token is made for room of as many rows as there are.
         self._room = (self._room[0][: len(indices)], self._room[1][: len(indices)])
-        self.show(len(indices), self.keys.shape[2])
+        self.show(self.keys.shape[2])
 
-    def show(self, rows: int, length: int) -> None:
+    def show(self, length: int) -> None:
         """Hold what lies in the room so far; compiled code writes into it and leaves this to its caller."""
         assert self._room is not None
-        self.keys, self.values = (room[:rows, :, :length] for room in self._room)
+        self.keys, self.values = (room[:, :, :length] for room in self._room)
 
-    def _take_room(self, rows: int, length: int, indices: Tensor | None = None) -> None:
+    def _take_room(self, length: int, indices: Tensor | None = None) -> None:
+        rows = len(self.keys) if indices is None else len(indices)
         rooms = []
         for held in (self.keys, self.values):
             room = held.new_empty(rows, held.shape[1], max(self._capacity, length), held.shape[3])
             room[:, :, : held.shape[2]] = held if indices is None else held[indices]
             rooms.append(room)
         self._room = (rooms[0], rooms[1])
-        self.show(rows, self.keys.shape[2])
+        self.show(self.keys.shape[2])
 
 
 def roomy_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:

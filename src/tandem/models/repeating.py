@@ -87,7 +87,7 @@ class NextTokens:
             with _watching() as calls:
                 found = looked_up(layer, *inputs, **named)
             held.repeat = self._repeat(calls, found, rows, by_name)
-        held.show(rows, length + 1)
+        held.show(length + 1)
         return found
 
     def _by_name(self, inputs: Inputs, named: dict[str, Any]) -> dict[str, Any]:
