@@ -23,6 +23,11 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self._capacity = capacity
+        self.length = 0
+        """How many positions are held. Compiled code is told this, and the room, but not `keys`, a view of the room.
+
+        torch sometimes takes a tensor and what a view beside it is a view of for two, and then fails.
+        """
         self._room: tuple[Tensor, Tensor] | None = None
         self.repeat: Any = None
         """What compiled code keeps of a token for the next one (`tandem.models.repeating`)."""
@@ -35,18 +40,17 @@ class RoomyLayer(DynamicLayer):
     def make_room(self) -> bool:
         """Take room after the prompt; whether one more token fits into it."""
         if self._room is None:
-            self._take_room(self.keys.shape[2])
+            self._take_room(self.length)
         assert self._room is not None
-        return self.keys.shape[2] < self._room[0].shape[2]
+        return self.length < self._room[0].shape[2]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add positions; returns all there are. The first ones, a prompt's, are kept as they come."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
             return key_states, value_states
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
+        start, end = self.length, self.length + key_states.shape[2]
         if self._room is None or self._room[0].shape[2] < end:
             self._take_room(end)
         assert self._room is not None
@@ -61,18 +65,19 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Let row n be what row `indices[n]` was. Rows that stay where they are cost nothing; a row may be repeated."""
         if self._room is None or len(indices) > len(self._room[0]):
-            self._take_room(self.keys.shape[2], indices)
+            self._take_room(self.length, indices)
             return
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
         for room, held in zip(self._room, (self.keys, self.values), strict=True):
-            room[moved, :, : held.shape[2]] = held[indices[moved]]
-        # Code for a token is made for room of as many rows as there are.
-        self._room = (self._room[0][: len(indices)], self._room[1][: len(indices)])
-        self.show(self.keys.shape[2])
+            room[moved, :, : self.length] = held[indices[moved]]
+        # Code for a token is made for room of as many rows as there are, which is not a view to it.
+        self._room = (self._room[0][: len(indices)].data, self._room[1][: len(indices)].data)
+        self.show(self.length)
 
     def show(self, length: int) -> None:
         """Hold what lies in the room so far; compiled code writes into it and leaves this to its caller."""
         assert self._room is not None
+        self.length = length
         self.keys, self.values = (room[:, :, :length] for room in self._room)
 
     def _take_room(self, length: int, indices: Tensor | None = None) -> None:
@@ -80,10 +85,10 @@ class RoomyLayer(DynamicLayer):
         rooms = []
         for held in (self.keys, self.values):
             room = held.new_empty(rows, held.shape[1], max(self._capacity, length), held.shape[3])
-            room[:, :, : held.shape[2]] = held if indices is None else held[indices]
+            room[:, :, : self.length] = held if indices is None else held[indices]
             rooms.append(room)
         self._room = (rooms[0], rooms[1])
-        self.show(self.keys.shape[2])
+        self.show(self.length)
 
 
 def roomy_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:

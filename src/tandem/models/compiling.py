@@ -34,8 +34,8 @@ class CompiledLayers:
     def __init__(self, layers: nn.ModuleList) -> None:
         # Gradients of one pass are asked for more than once where those of two losses are compared.
         # Code that torch's cache on disk holds from a process that allowed itself to overwrite what a backward pass was
-        # left would give wrong gradients the second time, and what another version of these files left there was found
-        # and could not be used. So ours is kept apart.
+        # left would give wrong gradients the second time, and code is made for our operators as these files describe
+        # them. So ours is kept apart.
         torch._functorch.config.donated_buffer = False
         torch.compiler.config.cache_key_tag = f"tandem {get_hash_for_files(_SOURCES).hex()}"
         self._layers: Any = layers

@@ -80,7 +80,7 @@ class NextTokens:
 
         `looked_up` is the compiled forward of this kind. `held` stands for the cache among the inputs.
         """
-        rows, length, by_name = len(inputs[0]), held.keys.shape[2], self._by_name(inputs, named)
+        rows, length, by_name = len(inputs[0]), held.length, self._by_name(inputs, named)
         if held.repeat is not None and held.repeat.holds_for(rows, by_name):
             found = held.repeat(by_name)
         else:
