@@ -73,14 +73,14 @@ def test_layers_that_cannot_be_compiled_stay_as_they_are(tiny, tmp_path, capsys,
 @needs_compiler
 def test_layers_are_compiled_where_kernels_cannot_be_built(tiny, tmp_path, capsys, monkeypatch):
     def cannot() -> None:
-        raise RuntimeError("g++ cannot compile kernels.cpp: it is too old")
+        raise RuntimeError("g++ cannot compile the operators: it is too old")
 
     monkeypatch.setattr("tandem.models.kernels.load_kernels", cannot)
     words = [*ppo_words(tmp_path, tiny(), *with_function(tmp_path), EXACT)]
     capsys.readouterr()
     assert main([*words, COMPILED]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "the run is slower than it could be: g++ cannot compile kernels.cpp: it is too old" in said
+    assert "the run is slower than it could be: g++ cannot compile the operators: it is too old" in said
     assert "not compiled" not in said
 
 

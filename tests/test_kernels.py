@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tandem.algo import sample
 from tandem.models import kernels
 from tandem.models.attention import _one_token, _one_token_in_sums
-from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
-from tandem.models.compiling import CompiledLayers, KernelSampling
+from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy, SamplingRule
+from tandem.models.compiling import CompiledLayers, CompiledPasses, KernelSampling
+from tandem.models.head import head_logprobs
 from tandem.models.trunk import Trunk
 from tandem.types import whole_texts
 
@@ -122,6 +123,78 @@ def test_compiled_layers_find_gradients_by_the_operator():
         assert gap < max(1.5 * usual, 0.01)
 
 
+@pytest.fixture
+def threads(request) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def read_and_gradients(read, states, weight, upstream):
+    given = [states.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logprobs = read(*given)
+    return logprobs.detach(), *torch.autograd.grad(logprobs, given, upstream.to(logprobs.dtype))
+
+
+@needs_units
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("rows", [1, 16, 31, 33, 80, 560])
+@pytest.mark.parametrize(("vocabulary", "width"), [(32, 32), (96, 64), (608, 96)])
+def test_a_head_is_read_by_squares(rows, vocabulary, width):
+    """As near to the same numbers in float64 as rounding logits and gradients to bfloat16 is; in chunks too."""
+    states, weight = 3 * torch.randn(rows, width).bfloat16(), torch.randn(vocabulary, width).bfloat16() / 4
+    targets, upstream = torch.randint(vocabulary, (rows,)), torch.randn(rows)
+
+    def exactly(states, weight):
+        return (states @ weight.T).log_softmax(-1)[torch.arange(rows), targets]
+
+    def rounded(states, weight):
+        logits = (states.bfloat16() @ weight.bfloat16().T).double()
+        return logits.log_softmax(-1)[torch.arange(rows), targets]
+
+    def by_kernels(states, weight):
+        return head_logprobs(states, targets, weight, rows_per_chunk=1024)
+
+    def in_chunks(states, weight):
+        return head_logprobs(states, targets, weight, rows_per_chunk=48)
+
+    expected, *truth = read_and_gradients(exactly, states.double(), weight.double(), upstream)
+    plain, *usual = read_and_gradients(rounded, states, weight, upstream)
+    for way in (by_kernels, in_chunks):
+        found, *gradients = read_and_gradients(way, states, weight, upstream)
+        assert torch.allclose(found.double(), expected, rtol=1e-4, atol=2 * (plain - expected).abs().max() + 1e-4)
+        for gradient, exact, written in zip(gradients, truth, usual, strict=True):
+            assert (gradient - exact).norm() <= 1.5 * (written - exact).norm() + 1e-4 * exact.norm()
+        with torch.no_grad():
+            assert torch.equal(way(states, weight), found), "the same bits with a gradient and without"
+    frozen, moving = weight.clone(), states.clone().requires_grad_()
+    of_states = torch.autograd.grad(by_kernels(moving, frozen), moving, upstream)[0]
+    assert (of_states - truth[0]).norm() <= 1.5 * (usual[0] - truth[0]).norm() + 1e-2 * truth[0].norm()
+
+
+@needs_units
+def test_a_head_is_asked_for_gradients_twice():
+    """As two losses do; what the first pass has used up is made again."""
+    states = torch.randn(40, 32).bfloat16().requires_grad_()
+    weight = torch.randn(64, 32).bfloat16().requires_grad_()
+    logprobs = head_logprobs(states, torch.arange(40), weight, rows_per_chunk=64)
+    one, other = (torch.autograd.grad(logprobs.sum(), [states, weight], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+
+
+def test_other_heads_are_read_as_before():
+    def head(*shape, **more):
+        return torch.nn.Linear(*shape, **{"bias": False, "dtype": torch.bfloat16} | more)
+
+    assert kernels.reads_head(head(64, 96)) == UNITS
+    assert not kernels.reads_head(head(64, 96, bias=True))
+    assert not kernels.reads_head(head(64, 96, dtype=torch.float32))
+    assert not kernels.reads_head(head(48, 96))
+    assert not kernels.reads_head(head(64, 80))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("width", kernels._WIDTHS)
 @pytest.mark.parametrize("masked", [None, "every row", "one for all"])
@@ -190,24 +263,81 @@ def decoded(policy: CausalPolicy) -> Iterator[torch.Tensor]:
                 mask = mask[[0, 1, 3]]
 
 
+def policy_of(dtype: torch.dtype, rule: SamplingRule = FULL_DISTRIBUTION, **config: float) -> CausalPolicy:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(SHAPE).to(dtype).eval()
+    model.config.update(config)
+    return CausalPolicy(Trunk(model), rule)
+
+
+def called_by(work: Callable[[], object]) -> set[str]:
+    """The operators of ours that it computes by."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        work()
+    names = {event.key for event in seen.key_averages() if event.key.startswith("tandem_cpu::")}
+    return names - {"tandem_cpu::has_matrix_units"}
+
+
+@needs_units
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_compiled_policy_reads_its_head_by_them(trains):
+    """Log-probabilities and all gradients are as near to those in float32 as a plain policy's; until it is undone."""
+    texts = whole_texts([[(5 * row + place) % 96 for place in range(9)] for row in range(5)], [4] * 5)
+    upstream = torch.randn(5, 5)
+
+    def read(policy: CausalPolicy) -> list[torch.Tensor]:
+        policy.trunk.model.get_output_embeddings().requires_grad_(trains)
+        policy.trunk.model.zero_grad()
+        logprobs = policy.logprobs(texts)
+        (logprobs * upstream).sum().backward()
+        weights = [weight for weight in policy.trunk.model.parameters() if weight.requires_grad]
+        return [logprobs.detach(), *(weight.grad.clone() for weight in weights)]
+
+    ours = policy_of(torch.bfloat16)
+    passes = CompiledPasses([ours])
+    names = {"head_logprobs", "head_states_gradient", *(["head_weight_gradient"] if trains else [])}
+    assert called_by(lambda: read(ours)) == {f"tandem_cpu::{name}" for name in names}
+    every = zip(read(ours), read(policy_of(torch.bfloat16)), read(policy_of(torch.float32)), strict=True)
+    for found, plain, truth in every:
+        assert (found.float() - truth).norm() < 1.2 * (plain.float() - truth).norm() + 1e-3 * truth.norm()
+    passes.undo()
+    assert called_by(lambda: read(ours)) == set()
+
+
+@needs_units
+def test_what_is_more_than_a_product_is_read_as_before():
+    texts = whole_texts([[5, 6, 7, 8]] * 3, [2] * 3)
+    hot = SamplingRule(temperature=2.0, top_k=None, top_p=1.0)
+    for policy in (
+        policy_of(torch.bfloat16, hot),
+        policy_of(torch.bfloat16, logit_scale=1.0),
+        policy_of(torch.float32),
+    ):
+        passes = CompiledPasses([policy])
+        assert called_by(lambda: policy.logprobs(texts)) == set()  # noqa: B023
+        passes.undo()
+    policy = policy_of(torch.bfloat16)
+    passes = CompiledPasses([policy])
+    assert called_by(lambda: policy.logprobs_and_entropies(texts)) == set()
+    passes.undo()
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_compiled_policy_samples_by_them(dtype):
     """Its logits are as near to those in float32 as a plain policy's."""
-
-    def policy(dtype: torch.dtype) -> CausalPolicy:
-        torch.manual_seed(1)
-        return CausalPolicy(Trunk(LlamaForCausalLM(SHAPE).to(dtype).eval()), FULL_DISTRIBUTION)
-
-    ours = policy(dtype)
+    ours = policy_of(dtype)
     CompiledLayers(ours.trunk.layers)
     sampling = KernelSampling([ours])
-    with torch.profiler.profile() as seen:
-        found = list(decoded(ours))
+    found: list[torch.Tensor] = []
+
+    def decode() -> None:
+        found[:] = decoded(ours)
         ours.draw(found[-1], torch.rand(3))
-    called = {event.key for event in seen.key_averages() if event.key.startswith("tandem_cpu::")}
+
+    called = called_by(decode)
     assert {"tandem_cpu::draw", "tandem_cpu::attend_one"} <= called
     assert ("tandem_cpu::multiply_packed" in called) == (UNITS and dtype == torch.bfloat16)
-    for own, plain, truth in zip(found, decoded(policy(dtype)), decoded(policy(torch.float32)), strict=True):
+    for own, plain, truth in zip(found, decoded(policy_of(dtype)), decoded(policy_of(torch.float32)), strict=True):
         assert (own - truth).norm() < 1.2 * (plain - truth).norm() + 1e-5 * truth.norm()
     sampling.undo()
     assert not ours.samples_by_kernels
@@ -216,7 +346,7 @@ def test_a_compiled_policy_samples_by_them(dtype):
 def test_what_is_wrong_with_the_compiler_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(RuntimeError, match=r"cannot compile kernels\.cpp"):
+    with pytest.raises(RuntimeError, match=r"cannot compile the operators"):
         kernels._built()
     assert list((tmp_path / "tandem" / "kernels").iterdir()) == []
     monkeypatch.setenv("CXX", "no-such-compiler")

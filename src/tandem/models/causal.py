@@ -15,11 +15,14 @@ from tandem.algo import Passes, projected_logprobs, sample, truncate
 from tandem.errors import InputError
 from tandem.models import kernels
 from tandem.models.cache import roomy_cache
+from tandem.models.head import head_logprobs
 from tandem.models.packing import packed
 from tandem.models.trunk import Trunk
 from tandem.types import Tokens
 
 _LOGITS_PER_CHUNK = 2**26
+_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+"""What a model's configuration may do to the product with its head."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class CausalPolicy:
         self.adapter = adapter
         self.passes = Passes()
         self.samples_by_kernels = False
+        self.reads_by_kernels = False
         self._model: Any = trunk.model
         self._head: Any = trunk.model.get_output_embeddings()
         _check_logits(self)
@@ -85,6 +89,8 @@ class CausalPolicy:
         def laid_out(found: Tensor) -> Tensor:
             return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, found)
 
+        if self.reads_by_kernels and not entropies and self._has_plain_logits() and kernels.reads_head(self._head):
+            return laid_out(head_logprobs(states, targets, self._head.weight, rows_per_chunk)), None
         logprobs, in_nats = projected_logprobs(
             states,
             targets,
@@ -115,6 +121,11 @@ class CausalPolicy:
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def _has_plain_logits(self) -> bool:
+        """Whether the policy's logits are the product with its head, and nothing else."""
+        config = self._model.config.get_text_config()
+        return self.rule == FULL_DISTRIBUTION and all(getattr(config, name, None) is None for name in _SCALES)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, adapter folded in, one by one, under the names of a saved model."""

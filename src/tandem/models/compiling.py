@@ -17,9 +17,10 @@ from tandem.models import kernels
 from tandem.models.cache import RoomyLayer
 from tandem.models.causal import CausalPolicy
 from tandem.models.repeating import NextTokens, compile_graph
+from tandem.world import world
 
 Forward = Callable[..., Any]
-_SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.glob("*.py")))
+_SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.iterdir() if path.suffix in {".py", ".cpp", ".h"}))
 _VARIANTS = 64
 """How many ways a layer may be called, each with code of its own: with a gradient or without, by adapter, a token."""
 
@@ -93,7 +94,8 @@ def _is_compiled(held: RoomyLayer, length: int) -> bool:
 class CompiledPasses:
     """The passes over logits by which policies read log-probabilities, by compiled code from here on.
 
-    Code is made at the first call of each kind, for any number of rows and any vocabulary, until `settle`.
+    Code is made at the first call of each kind, for any number of rows and any vocabulary, until `settle`. Where
+    `tandem.models.kernels` are loaded and multiply a policy's head, they read its logits too (`tandem.models.head`).
     """
 
     def __init__(self, policies: Iterable[CausalPolicy]) -> None:
@@ -113,11 +115,11 @@ class CompiledPasses:
 
     def undo(self) -> None:
         """Let all be computed as it is written."""
-        self._hand_over(Passes())
+        self._hand_over(Passes(), by_kernels=False)
 
-    def _hand_over(self, passes: Passes) -> None:
+    def _hand_over(self, passes: Passes, *, by_kernels: bool = True) -> None:
         for policy in self._policies:
-            policy.passes = passes
+            policy.passes, policy.reads_by_kernels = passes, by_kernels and world().alone
 
 
 class KernelSampling:

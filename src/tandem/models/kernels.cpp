@@ -2,10 +2,6 @@
 // in training, the gradients of matrices.
 // Built and described by kernels.py. Each has a plain way in Python, to which tests/test_kernels.py holds it.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
@@ -19,18 +15,12 @@
 #include <utility>
 #include <vector>
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define TANDEM_HAS_MATRIX_UNITS
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace {
 
-using at::BFloat16;
-using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
+using namespace tandem;
+
 constexpr int64_t kLanes = Vec::size();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
@@ -59,16 +49,8 @@ inline float greatest_of(Vec vec) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, vec);
 }
 
-// Into the nearest cache (3), or the next one (2), from which more can be on its way at once.
-template <int kNearness, typename T>
-inline void fetch_ahead(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, kNearness);
-}
-
 // ---- Products ----------------------------------------------------------------------------------------------------
 
-// A tile of the matrix units holds 16 rows of 32 numbers in bfloat16; a tile of sums 16 rows of 16 in float32.
-constexpr int64_t kTile = 16, kDepth = 32, kTileNumbers = kTile * kDepth;
 // Rows that one pass over the matrix serves, and up to how many the units are better fed from here than by oneDNN.
 constexpr int64_t kRowsAPass = 4 * kTile, kFewRows = 128;
 // Of a matrix: fewer are multiplied sooner than another thread is woken.
@@ -94,19 +76,6 @@ Tensor pack(const Tensor& weight) {
 }
 
 #ifdef TANDEM_HAS_MATRIX_UNITS
-
-struct __attribute__((packed)) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {0};
-  uint16_t bytes_a_row[16] = {0};
-  uint8_t rows[16] = {0};
-};
-
-// A process must ask Linux once before it touches the units.
-bool has_matrix_units() {
-  constexpr int kAskForPermission = 0x1023, kTileData = 18;
-  static const bool allowed = syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
-  return allowed;
-}
 
 // The sums of `kTiles` tiles of rows with 16 outputs, left in tiles 0 to 3. Tile 4 holds the matrix, 5 rows, and 6 the
 // last of the rows, which may be fewer than 16.
@@ -147,18 +116,17 @@ void multiply_few(const BFloat16* rows, int64_t count, int64_t inputs, const Ten
   const BFloat16* matrix = packed.const_data_ptr<BFloat16>();
   const int64_t worth_a_thread = std::max<int64_t>(1, kNumbersAThread / (inputs * kTile));
   at::parallel_for(0, blocks, worth_a_thread, [&](int64_t first, int64_t end) {
-    // oneDNN looks at how the tiles of a thread are shaped, and must find them as it left them.
-    alignas(64) TileShapes before, shapes;
-    _tile_storeconfig(&before);
+    Tiles shaped;
     alignas(64) float sums[kRowsAPass * kTile];
     for (int64_t from = 0; from < count; from += kRowsAPass) {
       const int64_t here = std::min(kRowsAPass, count - from), tiles = (here + kTile - 1) / kTile;
       const uint8_t in_last = here - (tiles - 1) * kTile;
-      for (int i = 0; i < 4; i++) shapes.bytes_a_row[i] = 64, shapes.rows[i] = kTile;
-      shapes.bytes_a_row[4] = 64, shapes.rows[4] = depth / 2;
+      TileShapes& shapes = shaped.shapes;
+      for (int i = 0; i < 4; i++) shapes.rows[i] = kTile;
+      shapes.rows[4] = depth / 2;
       shapes.bytes_a_row[5] = shapes.bytes_a_row[6] = 2 * depth;
-      shapes.rows[5] = kTile, shapes.rows[6] = shapes.rows[tiles - 1] = in_last;
-      _tile_loadconfig(&shapes);
+      shapes.rows[6] = shapes.rows[tiles - 1] = in_last;
+      shaped.take_shape();
       for (int64_t block = first; block < end; block++) {
         const BFloat16 *x = rows + from * inputs, *w = matrix + block * inputs * kTile;
         switch (tiles) {
@@ -179,27 +147,7 @@ void multiply_few(const BFloat16* rows, int64_t count, int64_t inputs, const Ten
         }
       }
     }
-    if (before.palette) _tile_loadconfig(&before);
-    else _tile_release();
   });
-}
-
-// 32 rows of 32 columns, or of 16, as blocks [16 pairs of rows][16 columns][2], the second one `next` behind the first;
-// zeros where there are fewer rows.
-inline void pair_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t columns, BFloat16* to, int64_t next) {
-  alignas(64) uint16_t left[kDepth], right[kDepth];
-  for (int i = 0; i < kDepth; i++) left[i] = i / 2 + i % 2 * kDepth, right[i] = left[i] + kTile;
-  const __m512i to_left = _mm512_load_si512(left), to_right = _mm512_load_si512(right);
-  const __mmask32 there = columns > kTile ? ~0u : 0xffffu;
-  for (int64_t pair = 0; pair < kTile; pair++) {
-    const auto row = [&](int64_t n) {
-      return n < rows ? _mm512_maskz_loadu_epi16(there, from + n * stride) : _mm512_setzero_si512();
-    };
-    const __m512i first = row(2 * pair), second = row(2 * pair + 1);
-    BFloat16* here = to + pair * kDepth;
-    _mm512_storeu_si512(here, _mm512_permutex2var_epi16(first, to_left, second));
-    if (columns > kTile) _mm512_storeu_si512(here + next, _mm512_permutex2var_epi16(first, to_right, second));
-  }
 }
 
 // The sums [kDown][kAcross] of one or two tiles a step of each side, whose second ones lie `steps` tiles behind.
@@ -271,10 +219,7 @@ void multiply_upstream(const std::vector<Tensor>& upstream, const Tensor& rows, 
   for (size_t i = 0; i < upstream.size(); i++)
     for (int64_t m = 0; m < upstream[i].size(1); m += 2 * kTile) strips.emplace_back(i, m);
   at::parallel_for(0, strips.size(), 1, [&](int64_t first, int64_t end) {
-    alignas(64) TileShapes before, shapes;
-    _tile_storeconfig(&before);
-    for (int i = 0; i < 8; i++) shapes.bytes_a_row[i] = 64, shapes.rows[i] = kTile;
-    _tile_loadconfig(&shapes);
+    const Tiles whole;
     const std::unique_ptr<BFloat16[]> down(new BFloat16[2 * steps * kTileNumbers]);
     alignas(64) BFloat16 pairs[2 * kTileNumbers];
     for (int64_t strip = first; strip < end; strip++) {
@@ -284,20 +229,14 @@ void multiply_upstream(const std::vector<Tensor>& upstream, const Tensor& rows, 
       for (int64_t k = 0; k < steps; k++) {
         pair_rows(g + k * kDepth * outputs, outputs, count - k * kDepth, tiles * kTile, pairs, kTileNumbers);
         for (int64_t tile = 0; tile < tiles; tile++)
-          at::vec::transpose_mxn<float, kTile, kTile>(
-              reinterpret_cast<const float*>(pairs + tile * kTileNumbers), kTile,
-              reinterpret_cast<float*>(down.get() + (tile * steps + k) * kTileNumbers), kTile);
+          turn_pairs(pairs + tile * kTileNumbers, kTile, down.get() + (tile * steps + k) * kTileNumbers);
       }
       multiply_strip(down.get(), tiles, across, inputs, steps, out[i].mutable_data_ptr<BFloat16>() + m * inputs);
     }
-    if (before.palette) _tile_loadconfig(&before);
-    else _tile_release();
   });
 }
 
 #else
-
-bool has_matrix_units() { return false; }
 
 void multiply_few(const BFloat16*, int64_t, int64_t, const Tensor&, const BFloat16*, BFloat16*) {}
 

@@ -1,8 +1,8 @@
-"""Operators of our own on a CPU: C++ (`kernels.cpp`), built by the compiler that torch uses too.
+"""Operators of our own on a CPU: C++ (`kernels.cpp`, `head.cpp`), built by the compiler that torch uses too.
 
 In sampling a few rows meet every matrix, key and value once a token. What there is for it in torch and oneDNN reads
 them at a third to a half of the rate at which memory gives them. In training, oneDNN finds a narrow matrix's gradient
-at half of the rate of its other products.
+at half of the rate of its other products, and logits are written and read three times where once is enough.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths, library_paths
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES, _HEADERS = (_FOLDER / "kernels.cpp", _FOLDER / "head.cpp"), (_FOLDER / "tiles.h",)
 _WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 """Of heads, that the source is compiled for."""
 _TYPES = (torch.float32, torch.bfloat16)
@@ -99,6 +100,49 @@ def weight_gradients(upstream: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     return found
 
 
+def reads_head(head: nn.Module) -> bool:
+    """Whether `head_logprobs` multiplies this head [V, H]: a matrix in bfloat16 without a bias, whole tiles of it."""
+    weight = head.weight if type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) else None
+    if not (_loaded and weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16):
+        return False
+    whole = weight.is_contiguous() and all(size % 32 == 0 for size in weight.shape)
+    return whole and bool(torch.ops.tandem_cpu.has_matrix_units())
+
+
+class HeadLogits(NamedTuple):
+    """Of states [N, H] under a head [V, H]: log p[target] and log sum exp(logits), [N] float32 each, and the logits.
+
+    They lie as the units left them, in squares of 32 tokens by 32 rows; none where they were not to be kept.
+    """
+
+    logprobs: Tensor
+    normalizers: Tensor
+    squares: Tensor
+
+
+def head_logprobs(states: Tensor, weight: Tensor, targets: Tensor, *, keep: bool) -> HeadLogits:
+    """Log-probabilities of targets [N] int64, from logits that are read while they are made."""
+    return HeadLogits(*torch.ops.tandem_cpu.head_logprobs(states, weight, targets, keep))
+
+
+def head_states_gradient(found: HeadLogits, weight: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
+    """[N, H] bfloat16, given the log-probabilities' gradient [N] float32; the logits must have been kept."""
+    logprobs, normalizers, squares = found
+    gradient: Tensor = torch.ops.tandem_cpu.head_states_gradient(
+        squares, weight, targets, logprobs, normalizers, upstream
+    )
+    return gradient
+
+
+def head_weight_gradient(found: HeadLogits, states: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
+    """[V, H] bfloat16, given the log-probabilities' gradient [N] float32; the logits must have been kept."""
+    logprobs, normalizers, squares = found
+    gradient: Tensor = torch.ops.tandem_cpu.head_weight_gradient(
+        squares, states, targets, logprobs, normalizers, upstream
+    )
+    return gradient
+
+
 @torch.no_grad()
 def packed_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer's product, from a copy of its weights in the order in which the matrix units read them."""
@@ -125,11 +169,16 @@ def _shape_of_attention(query: Tensor, _: Tensor, value: Tensor, *__: Any) -> Te
 
 
 def _built() -> Path:
-    """The library for this source, torch and processor, from the cache or built into it."""
+    """The library for these sources, torch and processor, from the cache or built into it."""
     capability = torch.backends.cpu.get_cpu_capability()
     options = ["-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC"]
     options += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    told_by = (_SOURCE.read_bytes(), torch.__version__, options, sorted(torch.cpu.get_capabilities().items()))
+    told_by = (
+        [path.read_bytes() for path in (*_SOURCES, *_HEADERS)],
+        torch.__version__,
+        options,
+        sorted(torch.cpu.get_capabilities().items()),
+    )
     name = f"{hashlib.sha256(repr(told_by).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem" / "kernels"
     library = folder / name
@@ -146,10 +195,10 @@ def _compile(options: list[str], library: Path) -> None:
     if program is None:
         raise RuntimeError("there is no C++ compiler")
     found = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    words = [program, *options, *found, str(_SOURCE), "-o", str(library), "-lc10", "-ltorch_cpu", "-ltorch"]
+    words = [program, *options, *found, *map(str, _SOURCES), "-o", str(library), "-lc10", "-ltorch_cpu", "-ltorch"]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{program} cannot compile {_SOURCE.name}: {_first_error(done.stderr)}")
+        raise RuntimeError(f"{program} cannot compile the operators: {_first_error(done.stderr)}")
 
 
 def _first_error(said: str) -> str:

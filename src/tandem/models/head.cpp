@@ -1,0 +1,427 @@
+// A policy's log-probabilities and their gradients, by products with its head whose logits are read while they are
+// made. Built and described by kernels.py.
+//
+// Logits lie as squares [V / 32, N / 32, 32 of V, 32 of N]: a vector holds one token's of many rows, so that what is
+// summed over the vocabulary is summed lane by lane. While the matrix units multiply one square, the vector units read
+// the square before it.
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+using namespace tandem;
+
+#ifdef TANDEM_HAS_MATRIX_UNITS
+
+constexpr int64_t kSquare = kDepth * kDepth;
+// The states' gradient is summed for so many squares of rows at a time, over so many squares of the vocabulary in turn,
+// that both stay in the cache.
+constexpr int64_t kSquaresOfRows = 16, kSquaresOfTokens = 8;
+
+inline int64_t squares_of(int64_t count) { return (count + kDepth - 1) / kDepth; }
+
+inline Vec widened(__m256i numbers) {
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16)));
+}
+inline Vec low(__m512i numbers) { return widened(_mm512_castsi512_si256(numbers)); }
+inline Vec high(__m512i numbers) { return widened(_mm512_extracti64x4_epi64(numbers, 1)); }
+inline __m512i rounded(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// 2^x to 2e-7 of it; a polynomial between whole numbers.
+inline Vec power_of_two(Vec x) {
+  constexpr int kFromBelow = 0x09;
+  const __m512 part = _mm512_reduce_ps(x, kFromBelow);
+  __m512 found = _mm512_set1_ps(0.0018671302f);
+  for (const float next : {0.0090170298f, 0.0557999127f, 0.2401644439f, 0.6931512952f, 1.f})
+    found = _mm512_fmadd_ps(found, part, _mm512_set1_ps(next));
+  return Vec(_mm512_scalef_ps(found, x));
+}
+
+// e^(x - y), given y log2(e).
+inline Vec exp_of_difference(Vec x, Vec y_in_bits) {
+  return power_of_two(Vec(_mm512_fmsub_ps(x, _mm512_set1_ps(kLog2E), y_in_bits)));
+}
+
+// Where each row's target is, in the order in which the squares of logits are walked through.
+struct Place {
+  int64_t square, token, row;
+};
+
+std::vector<Place> places_of(const Tensor& targets) {
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  const int64_t count = targets.size(0), across = squares_of(count);
+  std::vector<Place> places(count);
+  for (int64_t n = 0; n < count; n++)
+    places[n] = {target[n] / kDepth * across + n / kDepth, target[n] % kDepth, n % kDepth};
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.square < b.square; });
+  return places;
+}
+
+std::vector<Place>::const_iterator first_place(const std::vector<Place>& places, int64_t square) {
+  return std::lower_bound(places.begin(), places.end(), square,
+                          [](const Place& place, int64_t from) { return place.square < from; });
+}
+
+// [N, H] -> [N / 32, H / 32, 2, 16 pairs of H, 16 of N, 2], with zeros for rows that are not there.
+Tensor lay_down(const Tensor& states) {
+  const int64_t count = states.size(0), width = states.size(1), steps = width / kDepth, tiles = 2 * squares_of(count);
+  Tensor laid_out = at::empty({tiles * kTile * width}, states.options());
+  const BFloat16* from = states.const_data_ptr<BFloat16>();
+  BFloat16* to = laid_out.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t end) {
+    alignas(64) BFloat16 last[kTileNumbers];
+    for (int64_t tile = first; tile < end; tile++) {
+      const int64_t rows = std::min(kTile, count - tile * kTile);
+      for (int64_t k = 0; k < steps; k++) {
+        const BFloat16* here = from + tile * kTile * width + k * kDepth;
+        for (int64_t i = 0; rows < kTile && i < kTile; i++) {
+          const __m512i row = i < rows ? _mm512_loadu_si512(here + i * width) : _mm512_setzero_si512();
+          _mm512_store_si512(last + i * kDepth, row);
+        }
+        BFloat16* there = to + ((tile / 2 * steps + k) * 2 + tile % 2) * kTileNumbers;
+        if (rows < kTile) turn_pairs(last, kTile, there);
+        else turn_pairs(here, width / 2, there);
+      }
+    }
+  });
+  return laid_out;
+}
+
+// [N, H] -> [H / 32, N / 32, 2, 16 pairs of N, 16 of H, 2], with zeros for rows that are not there.
+Tensor lay_across(const Tensor& states) {
+  const int64_t count = states.size(0), width = states.size(1), squares = squares_of(count);
+  Tensor laid_out = at::empty({squares * kDepth * width}, states.options());
+  const BFloat16* from = states.const_data_ptr<BFloat16>();
+  BFloat16* to = laid_out.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, squares, 1, [&](int64_t first, int64_t end) {
+    for (int64_t n = first; n < end; n++)
+      for (int64_t k = 0; k < width; k += kDepth)
+        pair_rows(from + n * kDepth * width + k, width, count - n * kDepth, kDepth,
+                  to + (k / kDepth * squares + n) * kSquare, kTileNumbers);
+  });
+  return laid_out;
+}
+
+// Reads a square of logits in 2 x 32 strides: each row is rounded, and then added to the rows' sums of exponentials.
+class Reading {
+ public:
+  // `kept` is where the rounded logits go, if anywhere; `greatest` and `sum` are so far those of the 32 rows.
+  void begin(const float* sums, BFloat16* kept, float* greatest, float* sum) {
+    sums_ = sums, kept_ = kept, greatest_ = greatest, sum_ = sum, done_ = 0;
+    low_greatest_ = Vec::loadu(greatest), high_greatest_ = Vec::loadu(greatest + kTile);
+  }
+
+  void advance(int64_t strides) {
+    const int64_t end = std::min(done_ + strides, 2 * kDepth), middle = std::min(end, kDepth);
+    for (; done_ < middle; done_++) {
+      const __m512i row = rounded_row(sums_, done_);
+      _mm512_store_si512(rows_ + done_ * kDepth, row);
+      if (kept_) _mm512_stream_si512(reinterpret_cast<__m512i*>(kept_ + done_ * kDepth), row);
+      low_greatest_ = at::vec::maximum(low_greatest_, low(row));
+      high_greatest_ = at::vec::maximum(high_greatest_, high(row));
+      if (done_ == kDepth - 1) raise_greatest();
+    }
+    Vec low_sum = low_sum_, high_sum = high_sum_;
+    for (; done_ < end; done_++) {
+      const __m512i row = _mm512_load_si512(rows_ + (done_ - kDepth) * kDepth);
+      low_sum = low_sum + exp_of_difference(low(row), low_bits_);
+      high_sum = high_sum + exp_of_difference(high(row), high_bits_);
+    }
+    low_sum_ = low_sum, high_sum_ = high_sum;
+  }
+
+  void end() {
+    advance(2 * kDepth);
+    add(low_greatest_, low_sum_, greatest_, sum_);
+    add(high_greatest_, high_sum_, greatest_ + kTile, sum_ + kTile);
+  }
+
+  float at(int64_t token, int64_t row) const { return rows_[token * kDepth + row]; }
+
+ private:
+  void raise_greatest() {
+    low_bits_ = low_greatest_ * Vec(kLog2E), high_bits_ = high_greatest_ * Vec(kLog2E);
+    low_sum_ = high_sum_ = Vec(0.f);
+  }
+
+  static void add(Vec greatest, Vec sum, float* before, float* sum_before) {
+    (Vec::loadu(sum_before) * power_of_two((Vec::loadu(before) - greatest) * Vec(kLog2E)) + sum).store(sum_before);
+    greatest.store(before);
+  }
+
+  const float* sums_;
+  BFloat16* kept_;
+  float *greatest_, *sum_;
+  int64_t done_ = 2 * kDepth;
+  Vec low_greatest_, high_greatest_, low_bits_, high_bits_, low_sum_, high_sum_;
+  alignas(64) BFloat16 rows_[kSquare];
+};
+
+// Of states [N, H], a head [V, H] and targets [N]: log-probabilities [N], log sum exp of the logits [N], and the logits
+// in squares if they are to be kept.
+std::tuple<Tensor, Tensor, Tensor> head_logprobs(const Tensor& given, const Tensor& weight, const Tensor& targets,
+                                                 bool keep) {
+  const Tensor states = given.contiguous();
+  const int64_t count = states.size(0), width = states.size(1), across = squares_of(count), steps = width / kDepth;
+  const int64_t down = weight.size(0) / kDepth, padded = across * kDepth, parts = at::get_num_threads();
+  const Tensor laid_out = lay_down(states);
+  const BFloat16 *x = laid_out.const_data_ptr<BFloat16>(), *w = weight.const_data_ptr<BFloat16>();
+  Tensor logits = at::empty({keep ? down * across * kSquare : 0}, states.options());
+  BFloat16* kept = keep ? logits.mutable_data_ptr<BFloat16>() : nullptr;
+  const auto numbers = states.options().dtype(at::kFloat);
+  Tensor logprobs = at::empty({count}, numbers), normalizers = at::empty({count}, numbers);
+  const std::vector<Place> places = places_of(targets);
+  std::vector<float> greatest(parts * padded, std::numeric_limits<float>::lowest()), sums(parts * padded, 0.f);
+  std::vector<float> chosen(padded);
+  at::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t end_part) {
+    const Tiles tiles;
+    alignas(64) float square[2][4 * kTileSums];
+    Reading reading;
+    for (int64_t part = first_part; part < end_part; part++) {
+      const int64_t first = part * down / parts * across, end = (part + 1) * down / parts * across;
+      auto place = first_place(places, first);
+      const auto finish = [&](int64_t n) {
+        reading.end();
+        for (; place != places.end() && place->square == n; place++)
+          chosen[n % across * kDepth + place->row] = reading.at(place->token, place->row);
+      };
+      for (int64_t n = first; n < end; n++) {
+        const BFloat16 *rows = w + n / across * kDepth * width, *columns = x + n % across * kDepth * width;
+        clear_square();
+        for (int64_t k = 0; k < steps; k++, columns += kSquare) {
+          fetch_ahead<3>(columns + 2 * kSquare, kSquare);
+          add_to_square(rows + k * kDepth, 2 * width, kTile * width, columns, kTileNumbers);
+          reading.advance((2 * kDepth + steps - 1) / steps);
+        }
+        if (n > first) finish(n - 1);
+        store_square(square[n % 2]);
+        const int64_t of_rows = part * padded + n % across * kDepth;
+        reading.begin(square[n % 2], keep ? kept + n * kSquare : nullptr, &greatest[of_rows], &sums[of_rows]);
+      }
+      if (first < end) finish(end - 1);
+    }
+  });
+  float *of_target = logprobs.mutable_data_ptr<float>(), *of_all = normalizers.mutable_data_ptr<float>();
+  for (int64_t n = 0; n < count; n++) {
+    float most = greatest[n], sum = 0;
+    for (int64_t part = 1; part < parts; part++) most = std::max(most, greatest[part * padded + n]);
+    for (int64_t part = 0; part < parts; part++)
+      sum += sums[part * padded + n] * std::exp(greatest[part * padded + n] - most);
+    of_target[n] = (chosen[n] - most) - std::log(sum);
+    of_all[n] = most + std::log(sum);
+  }
+  return {logprobs, normalizers, logits};
+}
+
+// What the logits' gradient is made of, for whole squares of rows; those that are not there have none.
+struct Slopes {
+  std::vector<float> bits, factors, at_target;
+
+  Slopes(const Tensor& logprobs, const Tensor& of_all, const Tensor& upstream) {
+    const int64_t count = logprobs.size(0), padded = squares_of(count) * kDepth;
+    bits.resize(padded), factors.resize(padded), at_target.resize(padded);
+    const float *logprob = logprobs.const_data_ptr<float>(), *normalizer = of_all.const_data_ptr<float>();
+    const float* factor = upstream.const_data_ptr<float>();
+    for (int64_t n = 0; n < count; n++) {
+      bits[n] = normalizer[n] * kLog2E, factors[n] = -factor[n];
+      // Where p is nearly one, 1 - p of two rounded numbers would be nothing but rounding.
+      at_target[n] = -factor[n] * std::expm1(logprob[n]);
+    }
+  }
+
+  // Of 32 rows' logits of one token, two vectors.
+  std::pair<Vec, Vec> of(const BFloat16* logits, int64_t rows) const {
+    const __m512i z = _mm512_loadu_si512(logits);
+    const auto half = [&](Vec numbers, int64_t from) {
+      return exp_of_difference(numbers, Vec::loadu(&bits[from])) * Vec::loadu(&factors[from]);
+    };
+    return {half(low(z), rows), half(high(z), rows + kTile)};
+  }
+};
+
+// The gradient of the states [N, H].
+Tensor head_states_gradient(const Tensor& logits, const Tensor& weight, const Tensor& targets, const Tensor& logprobs,
+                            const Tensor& normalizers, const Tensor& upstream) {
+  const int64_t count = targets.size(0), width = weight.size(1), across = squares_of(count);
+  const int64_t down = weight.size(0) / kDepth, steps = width / kDepth;
+  const Slopes slopes(logprobs, normalizers, upstream);
+  const BFloat16 *z = logits.const_data_ptr<BFloat16>(), *w = weight.const_data_ptr<BFloat16>();
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  Tensor gradient = at::empty({count, width}, weight.options());
+  BFloat16* out = gradient.mutable_data_ptr<BFloat16>();
+  const int64_t threads = at::get_num_threads();
+  const int64_t a_range = std::min(kSquaresOfRows, (across + threads - 1) / threads);
+  at::parallel_for(0, (across + a_range - 1) / a_range, 1, [&](int64_t first_range, int64_t end_range) {
+    const Tiles tiles;
+    alignas(64) uint16_t order[kDepth];
+    for (int i = 0; i < kDepth; i++) order[i] = i / 2 + i % 2 * kTile;
+    const __m512i woven = _mm512_load_si512(order);
+    alignas(64) BFloat16 pairs[kSquare];
+    const auto numbers = weight.options();
+    Tensor sums = at::empty({a_range * kDepth * width}, numbers.dtype(at::kFloat));
+    Tensor both[2] = {at::empty({kSquaresOfTokens * a_range * kSquare}, numbers),
+                      at::empty({kSquaresOfTokens * a_range * kSquare}, numbers)};
+    Tensor turned = at::empty({kSquaresOfTokens * kDepth * width}, numbers);
+    BFloat16 *of_head = turned.mutable_data_ptr<BFloat16>();
+    BFloat16* of_logits[2] = {both[0].mutable_data_ptr<BFloat16>(), both[1].mutable_data_ptr<BFloat16>()};
+    float* sum = sums.mutable_data_ptr<float>();
+    for (int64_t range = first_range; range < end_range; range++) {
+      const int64_t from = range * a_range, rows = std::min(a_range, across - from);
+      // Pair `stride` of slopes of a group of tokens: [rows][2][tokens][16 pairs of tokens][16 rows][2].
+      const auto weave = [&](int64_t group, int64_t tokens, int64_t stride, BFloat16* to) {
+        const int64_t pair = stride % kTile, v = stride / kTile % tokens, n = stride / kTile / tokens;
+        const BFloat16* logit = z + ((group + v) * across + from + n) * kSquare + 2 * pair * kDepth;
+        const auto [low_even, high_even] = slopes.of(logit, (from + n) * kDepth);
+        const auto [low_odd, high_odd] = slopes.of(logit + kDepth, (from + n) * kDepth);
+        BFloat16* here = to + (2 * n * tokens + v) * kTileNumbers + pair * kDepth;
+        _mm512_store_si512(here, _mm512_permutexvar_epi16(woven, rounded(low_even, low_odd)));
+        _mm512_store_si512(here + tokens * kTileNumbers, _mm512_permutexvar_epi16(woven, rounded(high_even, high_odd)));
+      };
+      const auto put_targets = [&](int64_t group, int64_t tokens, BFloat16* to) {
+        for (int64_t i = 0; i < std::min(rows * kDepth, count - from * kDepth); i++) {
+          const int64_t token = target[from * kDepth + i] - group * kDepth;
+          if (token >= 0 && token < tokens * kDepth)
+            to[(i / kTile * tokens + token / kDepth) * kTileNumbers + token % kDepth / 2 * kDepth + i % kTile * 2 +
+               token % 2] = slopes.at_target[from * kDepth + i];
+        }
+      };
+      const auto tokens_of = [&](int64_t group) { return std::min(kSquaresOfTokens, down - group); };
+      for (int64_t stride = 0; stride < rows * tokens_of(0) * kTile; stride++)
+        weave(0, tokens_of(0), stride, of_logits[0]);
+      for (int64_t group = 0, turn = 0; group < down; group += kSquaresOfTokens, turn = 1 - turn) {
+        const int64_t tokens = tokens_of(group), next = group + kSquaresOfTokens;
+        put_targets(group, tokens, of_logits[turn]);
+        for (int64_t v = 0; v < tokens; v++)
+          for (int64_t k = 0; k < steps; k++) {
+            pair_rows(w + (group + v) * kDepth * width + k * kDepth, width, kDepth, kDepth, pairs, kTileNumbers);
+            for (int64_t half = 0; half < 2; half++)
+              turn_pairs(pairs + half * kTileNumbers, kTile, of_head + ((2 * k + half) * tokens + v) * kTileNumbers);
+          }
+        const int64_t ahead = next < down ? rows * tokens_of(next) * kTile : 0;
+        const int64_t pace = (ahead + steps * rows * tokens - 1) / (steps * rows * tokens);
+        int64_t stride = 0;
+        for (int64_t k = 0; k < steps; k++) {
+          const BFloat16* head = of_head + 2 * k * tokens * kTileNumbers;
+          for (int64_t n = 0; n < rows; n++) {
+            const BFloat16* slope = of_logits[turn] + 2 * n * tokens * kTileNumbers;
+            float* here = sum + (k * rows + n) * 4 * kTileSums;
+            if (group) load_square(here);
+            else clear_square();
+            for (int64_t v = 0; v < tokens; v++) {
+              add_to_square(head + v * kTileNumbers, 64, tokens * kTileNumbers, slope + v * kTileNumbers,
+                            tokens * kTileNumbers);
+              for (const int64_t end = std::min(stride + pace, ahead); stride < end; stride++)
+                weave(next, tokens_of(next), stride, of_logits[1 - turn]);
+            }
+            store_square(here);
+          }
+        }
+      }
+      alignas(64) float turned_back[kTileSums];
+      for (int64_t k = 0; k < steps; k++)
+        for (int64_t tile = 0; tile < 4 * rows; tile++) {
+          const float* sums_of_tile = sum + (k * rows * 4 + tile) * kTileSums;
+          at::vec::transpose_mxn<float, kTile, kTile>(sums_of_tile, kTile, turned_back, kTile);
+          const int64_t first = (from + tile / 4) * kDepth + tile % 2 * kTile;
+          BFloat16* to = out + first * width + k * kDepth + tile / 2 % 2 * kTile;
+          for (int64_t i = 0; i < std::min(kTile, count - first); i++, to += width)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(turned_back + i * kTile)));
+        }
+    }
+  });
+  return gradient;
+}
+
+// The gradient of the head [V, H].
+Tensor head_weight_gradient(const Tensor& logits, const Tensor& given, const Tensor& targets, const Tensor& logprobs,
+                            const Tensor& normalizers, const Tensor& upstream) {
+  const Tensor states = given.contiguous();
+  const int64_t count = targets.size(0), width = states.size(1), across = squares_of(count), steps = width / kDepth;
+  const int64_t down = logits.numel() / (across * kSquare);
+  const Slopes slopes(logprobs, normalizers, upstream);
+  const std::vector<Place> places = places_of(targets);
+  const BFloat16* z = logits.const_data_ptr<BFloat16>();
+  const Tensor laid_out = lay_across(states);
+  const BFloat16* x = laid_out.const_data_ptr<BFloat16>();
+  Tensor gradient = at::empty({down * kDepth, width}, states.options());
+  BFloat16* out = gradient.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, down, 1, [&](int64_t first, int64_t end) {
+    const Tiles tiles;
+    alignas(64) float square[4 * kTileSums];
+    Tensor both[2] = {at::empty({across * kSquare}, states.options()), at::empty({across * kSquare}, states.options())};
+    BFloat16* of_logits[2] = {both[0].mutable_data_ptr<BFloat16>(), both[1].mutable_data_ptr<BFloat16>()};
+    auto place = first_place(places, first * across);
+    const auto put = [&](int64_t v, int64_t token, BFloat16* to) {
+      const auto [left, right] = slopes.of(z + v * across * kSquare + token * kDepth, token / kDepth * kDepth);
+      _mm512_storeu_si512(to + token * kDepth, rounded(left, right));
+    };
+    for (int64_t token = 0; token < across * kDepth; token++) put(first, token, of_logits[0]);
+    for (int64_t v = first, turn = 0; v < end; v++, turn = 1 - turn) {
+      for (; place != places.end() && place->square < (v + 1) * across; place++) {
+        const int64_t n = place->square - v * across;
+        of_logits[turn][n * kSquare + place->token * kDepth + place->row] = slopes.at_target[n * kDepth + place->row];
+      }
+      const int64_t ahead = v + 1 < end ? across * kDepth : 0, pace = (kDepth + steps - 1) / steps;
+      int64_t token = 0;
+      const BFloat16* rows = x;
+      for (int64_t k = 0; k < steps; k++) {
+        clear_square();
+        for (int64_t n = 0; n < across; n++, rows += kSquare) {
+          fetch_ahead<3>(rows + 2 * kSquare, kSquare);
+          add_to_square(of_logits[turn] + n * kSquare, 64, kTileNumbers, rows, kTileNumbers);
+          for (const int64_t stop = std::min(token + pace, ahead); token < stop; token++)
+            put(v + 1, token, of_logits[1 - turn]);
+        }
+        store_square(square);
+        for (int64_t i = 0; i < kDepth; i++)
+          _mm512_storeu_si512(out + (v * kDepth + i) * width + k * kDepth, rounded_row(square, i));
+      }
+    }
+  });
+  return gradient;
+}
+
+#else
+
+std::tuple<Tensor, Tensor, Tensor> head_logprobs(const Tensor&, const Tensor&, const Tensor&, bool) {
+  TORCH_CHECK(false, "there are no matrix units for bfloat16");
+}
+
+Tensor head_states_gradient(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&) {
+  TORCH_CHECK(false, "there are no matrix units for bfloat16");
+}
+
+Tensor head_weight_gradient(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&) {
+  TORCH_CHECK(false, "there are no matrix units for bfloat16");
+}
+
+#endif
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tandem_cpu, library) {
+  library.def("head_logprobs(Tensor states, Tensor weight, Tensor targets, bool keep) -> (Tensor, Tensor, Tensor)");
+  library.def("head_states_gradient(Tensor logits, Tensor weight, Tensor targets, Tensor logprobs, Tensor normalizers, "
+              "Tensor upstream) -> Tensor");
+  library.def("head_weight_gradient(Tensor logits, Tensor states, Tensor targets, Tensor logprobs, Tensor normalizers, "
+              "Tensor upstream) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(tandem_cpu, CPU, library) {
+  library.impl("head_logprobs", &head_logprobs);
+  library.impl("head_states_gradient", &head_states_gradient);
+  library.impl("head_weight_gradient", &head_weight_gradient);
+}
