@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tandem.algo import Passes, Upstream, put_slope, sample, sums_over_rows
+from tandem.algo import Passes, Upstream, projected_logprobs, put_slope, sample, sums_over_rows
 from tandem.allocator import keep_memory
 from tandem.models.attention import _one_token_in_sums, attend_on_cpu
+from tandem.models.head import head_logprobs
 from tandem.models.kernels import attend_one, draw, load_kernels, packed_product, weight_gradients
 from tandem.models.packing import packed
 
@@ -165,6 +166,35 @@ def vocabulary(dtype: torch.dtype) -> None:
     print(f"log-probabilities of 1,344 x 32,000 and their slopes, {dtype}: {written:.1f}, compiled {by_compiler:.1f}")
 
 
+def heads() -> None:
+    """Log-probabilities of 1,024 tokens from their states; with the gradient of the states, and of the head too."""
+    compiled = Passes(torch.compile(sums_over_rows, dynamic=True), torch.compile(put_slope, dynamic=True), whole=True)
+    targets = torch.arange(1_024)
+    for width, vocabulary in [(288, 32_000), (576, 49_152)]:
+        given, head = torch.randn(1_024, width).bfloat16(), torch.randn(vocabulary, width).bfloat16() / width**0.5
+
+        def by_passes(states: Tensor, weight: Tensor) -> Tensor:
+            def logits_of(part: Tensor, _: Tensor) -> Tensor:
+                return part @ weight.T
+
+            trains, rows = weight.requires_grad, len(states)
+            return projected_logprobs(states, targets, logits_of, rows, head_trains=trains, passes=compiled)[0]
+
+        def by_kernels(states: Tensor, weight: Tensor) -> Tensor:
+            return head_logprobs(states, targets, weight, len(states))
+
+        def once(read: Callable[..., Tensor], learns: bool, trains: bool) -> None:
+            states, weight = given.clone().requires_grad_(learns), head.detach().requires_grad_(trains)  # noqa: B023
+            with torch.set_grad_enabled(learns):
+                found = read(states, weight)
+            if learns:
+                found.sum().backward()
+
+        for learns, trains, said in [(False, False, "read"), (True, False, "states"), (True, True, "states and head")]:
+            passes, ours = in_turn([partial(once, way, learns, trains) for way in (by_passes, by_kernels)])
+            print(f"a head {width} x {vocabulary:,}, 1,024 rows, {said}: by passes {passes:.1f}, our kernels {ours:.1f}")
+
+
 if __name__ == "__main__":
     keep_memory()
     torch.manual_seed(0)
@@ -177,4 +207,5 @@ if __name__ == "__main__":
     if torch.ops.tandem_cpu.has_matrix_units():
         matrices()
         gradients()
+        heads()
     draws()

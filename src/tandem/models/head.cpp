@@ -23,7 +23,6 @@ using namespace tandem;
 
 #ifdef TANDEM_HAS_MATRIX_UNITS
 
-constexpr int64_t kSquare = kDepth * kDepth;
 // The states' gradient is summed for so many squares of rows at a time, over so many squares of the vocabulary in turn,
 // that both stay in the cache.
 constexpr int64_t kSquaresOfRows = 16, kSquaresOfTokens = 8;
@@ -114,7 +113,8 @@ Tensor lay_across(const Tensor& states) {
   return laid_out;
 }
 
-// Reads a square of logits in 2 x 32 strides: each row is rounded, and then added to the rows' sums of exponentials.
+// Reads a square of logits in 64 strides: 32 in which one token's are rounded, and 32 in which they are added to the
+// rows' sums of exponentials.
 class Reading {
  public:
   // `kept` is where the rounded logits go, if anywhere; `greatest` and `sum` are so far those of the 32 rows.
@@ -211,6 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> head_logprobs(const Tensor& given, const Tens
         reading.begin(square[n % 2], keep ? kept + n * kSquare : nullptr, &greatest[of_rows], &sums[of_rows]);
       }
       if (first < end) finish(end - 1);
+      // What was streamed past the caches is seen by other threads from here on.
+      _mm_sfence();
     }
   });
   float *of_target = logprobs.mutable_data_ptr<float>(), *of_all = normalizers.mutable_data_ptr<float>();
@@ -251,6 +253,66 @@ struct Slopes {
   }
 };
 
+// Slopes of some squares of rows as the side across of a product, pairs of tokens beside each other: for a group of
+// `tokens` squares of the vocabulary from `group` on, [squares of rows][2][tokens][16 pairs of tokens][16 rows][2].
+struct WovenSlopes {
+  const Slopes& slopes;
+  const BFloat16* logits;
+  const int64_t* targets;
+  // Squares and rows there are in all, and the squares that are woven.
+  int64_t across, count, first, squares;
+
+  int64_t strides(int64_t tokens) const { return squares * tokens * kTile; }
+
+  void weave(int64_t group, int64_t tokens, int64_t stride, BFloat16* to) const {
+    alignas(64) static constexpr uint16_t kOrder[kDepth] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_load_si512(kOrder);
+    const int64_t pair = stride % kTile, token = stride / kTile % tokens, n = stride / kTile / tokens;
+    const BFloat16* from = logits + ((group + token) * across + first + n) * kSquare + 2 * pair * kDepth;
+    const auto [low_even, high_even] = slopes.of(from, (first + n) * kDepth);
+    const auto [low_odd, high_odd] = slopes.of(from + kDepth, (first + n) * kDepth);
+    BFloat16* here = to + (2 * n * tokens + token) * kTileNumbers + pair * kDepth;
+    _mm512_store_si512(here, _mm512_permutexvar_epi16(order, rounded(low_even, low_odd)));
+    _mm512_store_si512(here + tokens * kTileNumbers, _mm512_permutexvar_epi16(order, rounded(high_even, high_odd)));
+  }
+
+  void put_targets(int64_t group, int64_t tokens, BFloat16* to) const {
+    for (int64_t row = 0; row < std::min(squares * kDepth, count - first * kDepth); row++) {
+      const int64_t token = targets[first * kDepth + row] - group * kDepth;
+      if (token < 0 || token >= tokens * kDepth) continue;
+      BFloat16* tile = to + (row / kTile * tokens + token / kDepth) * kTileNumbers;
+      tile[token % kDepth / 2 * kDepth + row % kTile * 2 + token % 2] = slopes.at_target[first * kDepth + row];
+    }
+  }
+};
+
+// Some squares of the head's rows as the side down of a product: [H / 16][tokens][16 of H][32 tokens].
+void turn_head(const BFloat16* rows, int64_t width, int64_t tokens, BFloat16* to) {
+  alignas(64) BFloat16 pairs[kSquare];
+  for (int64_t token = 0; token < tokens; token++)
+    for (int64_t k = 0; k < width / kTile; k += 2) {
+      pair_rows(rows + token * kDepth * width + k * kTile, width, kDepth, kDepth, pairs, kTileNumbers);
+      for (int64_t half = 0; half < 2; half++)
+        turn_pairs(pairs + half * kTileNumbers, kTile, to + ((k + half) * tokens + token) * kTileNumbers);
+    }
+}
+
+// Sums in squares [H / 32, squares of rows] as rows [count, H].
+void round_turned(const float* sums, int64_t squares, int64_t count, int64_t width, BFloat16* to) {
+  alignas(64) float turned[kTileSums];
+  for (int64_t k = 0; k < width / kDepth; k++)
+    for (int64_t tile = 0; tile < 4 * squares; tile++, sums += kTileSums) {
+      at::vec::transpose_mxn<float, kTile, kTile>(sums, kTile, turned, kTile);
+      const int64_t first = tile / 4 * kDepth + tile % 2 * kTile;
+      BFloat16* here = to + first * width + k * kDepth + tile / 2 % 2 * kTile;
+      for (int64_t i = 0; i < std::min(kTile, count - first); i++, here += width)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(here),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(turned + i * kTile)));
+    }
+}
+
 // The gradient of the states [N, H].
 Tensor head_states_gradient(const Tensor& logits, const Tensor& weight, const Tensor& targets, const Tensor& logprobs,
                             const Tensor& normalizers, const Tensor& upstream) {
@@ -258,88 +320,46 @@ Tensor head_states_gradient(const Tensor& logits, const Tensor& weight, const Te
   const int64_t down = weight.size(0) / kDepth, steps = width / kDepth;
   const Slopes slopes(logprobs, normalizers, upstream);
   const BFloat16 *z = logits.const_data_ptr<BFloat16>(), *w = weight.const_data_ptr<BFloat16>();
-  const int64_t* target = targets.const_data_ptr<int64_t>();
   Tensor gradient = at::empty({count, width}, weight.options());
   BFloat16* out = gradient.mutable_data_ptr<BFloat16>();
   const int64_t threads = at::get_num_threads();
-  const int64_t a_range = std::min(kSquaresOfRows, (across + threads - 1) / threads);
+  const int64_t a_range = std::max<int64_t>(1, std::min(kSquaresOfRows, (across + threads - 1) / threads));
   at::parallel_for(0, (across + a_range - 1) / a_range, 1, [&](int64_t first_range, int64_t end_range) {
     const Tiles tiles;
-    alignas(64) uint16_t order[kDepth];
-    for (int i = 0; i < kDepth; i++) order[i] = i / 2 + i % 2 * kTile;
-    const __m512i woven = _mm512_load_si512(order);
-    alignas(64) BFloat16 pairs[kSquare];
-    const auto numbers = weight.options();
-    Tensor sums = at::empty({a_range * kDepth * width}, numbers.dtype(at::kFloat));
-    Tensor both[2] = {at::empty({kSquaresOfTokens * a_range * kSquare}, numbers),
-                      at::empty({kSquaresOfTokens * a_range * kSquare}, numbers)};
-    Tensor turned = at::empty({kSquaresOfTokens * kDepth * width}, numbers);
-    BFloat16 *of_head = turned.mutable_data_ptr<BFloat16>();
-    BFloat16* of_logits[2] = {both[0].mutable_data_ptr<BFloat16>(), both[1].mutable_data_ptr<BFloat16>()};
+    const auto room = [&](int64_t numbers) { return at::empty({numbers}, weight.options()); };
+    Tensor woven[2] = {room(kSquaresOfTokens * a_range * kSquare), room(kSquaresOfTokens * a_range * kSquare)};
+    Tensor turned = room(kSquaresOfTokens * kDepth * width);
+    Tensor sums = at::empty({a_range * kDepth * width}, weight.options().dtype(at::kFloat));
+    BFloat16 *slope[2] = {woven[0].mutable_data_ptr<BFloat16>(), woven[1].mutable_data_ptr<BFloat16>()};
+    BFloat16* head = turned.mutable_data_ptr<BFloat16>();
     float* sum = sums.mutable_data_ptr<float>();
+    const auto tokens_of = [&](int64_t group) { return std::min(kSquaresOfTokens, down - group); };
     for (int64_t range = first_range; range < end_range; range++) {
-      const int64_t from = range * a_range, rows = std::min(a_range, across - from);
-      // Pair `stride` of slopes of a group of tokens: [rows][2][tokens][16 pairs of tokens][16 rows][2].
-      const auto weave = [&](int64_t group, int64_t tokens, int64_t stride, BFloat16* to) {
-        const int64_t pair = stride % kTile, v = stride / kTile % tokens, n = stride / kTile / tokens;
-        const BFloat16* logit = z + ((group + v) * across + from + n) * kSquare + 2 * pair * kDepth;
-        const auto [low_even, high_even] = slopes.of(logit, (from + n) * kDepth);
-        const auto [low_odd, high_odd] = slopes.of(logit + kDepth, (from + n) * kDepth);
-        BFloat16* here = to + (2 * n * tokens + v) * kTileNumbers + pair * kDepth;
-        _mm512_store_si512(here, _mm512_permutexvar_epi16(woven, rounded(low_even, low_odd)));
-        _mm512_store_si512(here + tokens * kTileNumbers, _mm512_permutexvar_epi16(woven, rounded(high_even, high_odd)));
-      };
-      const auto put_targets = [&](int64_t group, int64_t tokens, BFloat16* to) {
-        for (int64_t i = 0; i < std::min(rows * kDepth, count - from * kDepth); i++) {
-          const int64_t token = target[from * kDepth + i] - group * kDepth;
-          if (token >= 0 && token < tokens * kDepth)
-            to[(i / kTile * tokens + token / kDepth) * kTileNumbers + token % kDepth / 2 * kDepth + i % kTile * 2 +
-               token % 2] = slopes.at_target[from * kDepth + i];
-        }
-      };
-      const auto tokens_of = [&](int64_t group) { return std::min(kSquaresOfTokens, down - group); };
-      for (int64_t stride = 0; stride < rows * tokens_of(0) * kTile; stride++)
-        weave(0, tokens_of(0), stride, of_logits[0]);
+      const int64_t first = range * a_range, squares = std::min(a_range, across - first);
+      const WovenSlopes rows{slopes, z, targets.const_data_ptr<int64_t>(), across, count, first, squares};
+      for (int64_t stride = 0; stride < rows.strides(tokens_of(0)); stride++)
+        rows.weave(0, tokens_of(0), stride, slope[0]);
       for (int64_t group = 0, turn = 0; group < down; group += kSquaresOfTokens, turn = 1 - turn) {
-        const int64_t tokens = tokens_of(group), next = group + kSquaresOfTokens;
-        put_targets(group, tokens, of_logits[turn]);
-        for (int64_t v = 0; v < tokens; v++)
-          for (int64_t k = 0; k < steps; k++) {
-            pair_rows(w + (group + v) * kDepth * width + k * kDepth, width, kDepth, kDepth, pairs, kTileNumbers);
-            for (int64_t half = 0; half < 2; half++)
-              turn_pairs(pairs + half * kTileNumbers, kTile, of_head + ((2 * k + half) * tokens + v) * kTileNumbers);
-          }
-        const int64_t ahead = next < down ? rows * tokens_of(next) * kTile : 0;
-        const int64_t pace = (ahead + steps * rows * tokens - 1) / (steps * rows * tokens);
+        const int64_t tokens = tokens_of(group), next = group + kSquaresOfTokens, products = steps * squares * tokens;
+        const int64_t ahead = next < down ? rows.strides(tokens_of(next)) : 0, pace = (ahead + products - 1) / products;
+        rows.put_targets(group, tokens, slope[turn]);
+        turn_head(w + group * kDepth * width, width, tokens, head);
         int64_t stride = 0;
-        for (int64_t k = 0; k < steps; k++) {
-          const BFloat16* head = of_head + 2 * k * tokens * kTileNumbers;
-          for (int64_t n = 0; n < rows; n++) {
-            const BFloat16* slope = of_logits[turn] + 2 * n * tokens * kTileNumbers;
-            float* here = sum + (k * rows + n) * 4 * kTileSums;
-            if (group) load_square(here);
-            else clear_square();
-            for (int64_t v = 0; v < tokens; v++) {
-              add_to_square(head + v * kTileNumbers, 64, tokens * kTileNumbers, slope + v * kTileNumbers,
-                            tokens * kTileNumbers);
-              for (const int64_t end = std::min(stride + pace, ahead); stride < end; stride++)
-                weave(next, tokens_of(next), stride, of_logits[1 - turn]);
-            }
-            store_square(here);
+        for (int64_t square = 0; square < steps * squares; square++) {
+          const BFloat16* down_side = head + square / squares * 2 * tokens * kTileNumbers;
+          const BFloat16* across_side = slope[turn] + square % squares * 2 * tokens * kTileNumbers;
+          if (group) load_square(sum + square * kSquare);
+          else clear_square();
+          for (int64_t token = 0; token < tokens; token++) {
+            add_to_square(down_side + token * kTileNumbers, 64, tokens * kTileNumbers,
+                          across_side + token * kTileNumbers, tokens * kTileNumbers);
+            for (const int64_t end = std::min(stride + pace, ahead); stride < end; stride++)
+              rows.weave(next, tokens_of(next), stride, slope[1 - turn]);
           }
+          store_square(sum + square * kSquare);
         }
       }
-      alignas(64) float turned_back[kTileSums];
-      for (int64_t k = 0; k < steps; k++)
-        for (int64_t tile = 0; tile < 4 * rows; tile++) {
-          const float* sums_of_tile = sum + (k * rows * 4 + tile) * kTileSums;
-          at::vec::transpose_mxn<float, kTile, kTile>(sums_of_tile, kTile, turned_back, kTile);
-          const int64_t first = (from + tile / 4) * kDepth + tile % 2 * kTile;
-          BFloat16* to = out + first * width + k * kDepth + tile / 2 % 2 * kTile;
-          for (int64_t i = 0; i < std::min(kTile, count - first); i++, to += width)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                                (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(turned_back + i * kTile)));
-        }
+      round_turned(sum, squares, count - first * kDepth, width, out + first * kDepth * width);
     }
   });
   return gradient;
@@ -347,43 +367,44 @@ Tensor head_states_gradient(const Tensor& logits, const Tensor& weight, const Te
 
 // The gradient of the head [V, H].
 Tensor head_weight_gradient(const Tensor& logits, const Tensor& given, const Tensor& targets, const Tensor& logprobs,
-                            const Tensor& normalizers, const Tensor& upstream) {
+                            const Tensor& normalizers, const Tensor& upstream, int64_t vocabulary) {
   const Tensor states = given.contiguous();
-  const int64_t count = targets.size(0), width = states.size(1), across = squares_of(count), steps = width / kDepth;
-  const int64_t down = logits.numel() / (across * kSquare);
+  const int64_t width = states.size(1), across = squares_of(states.size(0)), steps = width / kDepth;
+  const int64_t down = vocabulary / kDepth;
   const Slopes slopes(logprobs, normalizers, upstream);
   const std::vector<Place> places = places_of(targets);
   const BFloat16* z = logits.const_data_ptr<BFloat16>();
   const Tensor laid_out = lay_across(states);
   const BFloat16* x = laid_out.const_data_ptr<BFloat16>();
-  Tensor gradient = at::empty({down * kDepth, width}, states.options());
+  Tensor gradient = at::empty({vocabulary, width}, states.options());
   BFloat16* out = gradient.mutable_data_ptr<BFloat16>();
   at::parallel_for(0, down, 1, [&](int64_t first, int64_t end) {
     const Tiles tiles;
     alignas(64) float square[4 * kTileSums];
     Tensor both[2] = {at::empty({across * kSquare}, states.options()), at::empty({across * kSquare}, states.options())};
-    BFloat16* of_logits[2] = {both[0].mutable_data_ptr<BFloat16>(), both[1].mutable_data_ptr<BFloat16>()};
+    BFloat16* slope[2] = {both[0].mutable_data_ptr<BFloat16>(), both[1].mutable_data_ptr<BFloat16>()};
     auto place = first_place(places, first * across);
-    const auto put = [&](int64_t v, int64_t token, BFloat16* to) {
-      const auto [left, right] = slopes.of(z + v * across * kSquare + token * kDepth, token / kDepth * kDepth);
-      _mm512_storeu_si512(to + token * kDepth, rounded(left, right));
+    // Stride n is token n % 32 of the square n / 32 of rows.
+    const auto put = [&](int64_t v, int64_t stride, BFloat16* to) {
+      const auto [low, high] = slopes.of(z + v * across * kSquare + stride * kDepth, stride / kDepth * kDepth);
+      _mm512_store_si512(to + stride * kDepth, rounded(low, high));
     };
-    for (int64_t token = 0; token < across * kDepth; token++) put(first, token, of_logits[0]);
+    for (int64_t stride = 0; stride < across * kDepth; stride++) put(first, stride, slope[0]);
     for (int64_t v = first, turn = 0; v < end; v++, turn = 1 - turn) {
       for (; place != places.end() && place->square < (v + 1) * across; place++) {
         const int64_t n = place->square - v * across;
-        of_logits[turn][n * kSquare + place->token * kDepth + place->row] = slopes.at_target[n * kDepth + place->row];
+        slope[turn][n * kSquare + place->token * kDepth + place->row] = slopes.at_target[n * kDepth + place->row];
       }
       const int64_t ahead = v + 1 < end ? across * kDepth : 0, pace = (kDepth + steps - 1) / steps;
-      int64_t token = 0;
+      int64_t stride = 0;
       const BFloat16* rows = x;
       for (int64_t k = 0; k < steps; k++) {
         clear_square();
         for (int64_t n = 0; n < across; n++, rows += kSquare) {
           fetch_ahead<3>(rows + 2 * kSquare, kSquare);
-          add_to_square(of_logits[turn] + n * kSquare, 64, kTileNumbers, rows, kTileNumbers);
-          for (const int64_t stop = std::min(token + pace, ahead); token < stop; token++)
-            put(v + 1, token, of_logits[1 - turn]);
+          add_to_square(slope[turn] + n * kSquare, 64, kTileNumbers, rows, kTileNumbers);
+          for (const int64_t stop = std::min(stride + pace, ahead); stride < stop; stride++)
+            put(v + 1, stride, slope[1 - turn]);
         }
         store_square(square);
         for (int64_t i = 0; i < kDepth; i++)
@@ -404,7 +425,8 @@ Tensor head_states_gradient(const Tensor&, const Tensor&, const Tensor&, const T
   TORCH_CHECK(false, "there are no matrix units for bfloat16");
 }
 
-Tensor head_weight_gradient(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&) {
+Tensor head_weight_gradient(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                            int64_t) {
   TORCH_CHECK(false, "there are no matrix units for bfloat16");
 }
 
@@ -417,7 +439,7 @@ TORCH_LIBRARY_FRAGMENT(tandem_cpu, library) {
   library.def("head_states_gradient(Tensor logits, Tensor weight, Tensor targets, Tensor logprobs, Tensor normalizers, "
               "Tensor upstream) -> Tensor");
   library.def("head_weight_gradient(Tensor logits, Tensor states, Tensor targets, Tensor logprobs, Tensor normalizers, "
-              "Tensor upstream) -> Tensor");
+              "Tensor upstream, int vocabulary) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tandem_cpu, CPU, library) {

@@ -70,4 +70,5 @@ class _TrainedHead(torch.autograd.Function):
         ctx.held = None
         factor = upstream[0].contiguous()
         of_states = kernels.head_states_gradient(found, weight, targets, factor) if ctx.needs_input_grad[0] else None
-        return of_states, kernels.head_weight_gradient(found, states, targets, factor), None, None
+        of_weight = kernels.head_weight_gradient(found, states, targets, factor, len(weight))
+        return of_states, of_weight, None, None

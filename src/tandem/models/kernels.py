@@ -7,6 +7,7 @@ at half of the rate of its other products, and logits are written and read three
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -134,11 +135,13 @@ def head_states_gradient(found: HeadLogits, weight: Tensor, targets: Tensor, ups
     return gradient
 
 
-def head_weight_gradient(found: HeadLogits, states: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
-    """[V, H] bfloat16, given the log-probabilities' gradient [N] float32; the logits must have been kept."""
+def head_weight_gradient(
+    found: HeadLogits, states: Tensor, targets: Tensor, upstream: Tensor, vocabulary: int
+) -> Tensor:
+    """[V, H] bfloat16 for a vocabulary of V, given the log-probabilities' gradient [N] float32; the logits must have been kept."""
     logprobs, normalizers, squares = found
     gradient: Tensor = torch.ops.tandem_cpu.head_weight_gradient(
-        squares, states, targets, logprobs, normalizers, upstream
+        squares, states, targets, logprobs, normalizers, upstream, vocabulary
     )
     return gradient
 
@@ -184,13 +187,21 @@ def _built() -> Path:
     library = folder / name
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            _compile(options, Path(beside) / name)
-            (Path(beside) / name).replace(library)
+        with (folder / "lock").open("w") as lock:
+            # One process builds, and the others wait for it.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                _build(options, library)
     return library
 
 
-def _compile(options: list[str], library: Path) -> None:
+def _build(options: Sequence[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as beside:
+        _compile(options, Path(beside) / library.name)
+        (Path(beside) / library.name).replace(library)
+
+
+def _compile(options: Sequence[str], library: Path) -> None:
     program = compiler()
     if program is None:
         raise RuntimeError("there is no C++ compiler")

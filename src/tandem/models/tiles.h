@@ -24,6 +24,8 @@ using Vec = at::vec::Vectorized<float>;
 
 // A tile of the matrix units holds 16 rows of 32 numbers in bfloat16; a tile of sums 16 rows of 16 in float32.
 constexpr int64_t kTile = 16, kDepth = 32, kTileNumbers = kTile * kDepth, kTileSums = kTile * kTile;
+// So many numbers has a square of 32 x 32: two tiles, or the sums of four.
+constexpr int64_t kSquare = kDepth * kDepth;
 
 // Into the nearest cache (3), or the next one (2), from which more can be on its way at once.
 template <int kNearness, typename T>
