@@ -192,7 +192,8 @@ def heads() -> None:
 
         for learns, trains, said in [(False, False, "read"), (True, False, "states"), (True, True, "states and head")]:
             passes, ours = in_turn([partial(once, way, learns, trains) for way in (by_passes, by_kernels)])
-            print(f"a head {width} x {vocabulary:,}, 1,024 rows, {said}: by passes {passes:.1f}, our kernels {ours:.1f}")
+            name = f"a head {width} x {vocabulary:,}, 1,024 rows, {said}"
+            print(f"{name}: by passes {passes:.1f}, by our kernels {ours:.1f}")
 
 
 if __name__ == "__main__":

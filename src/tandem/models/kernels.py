@@ -138,7 +138,7 @@ def head_states_gradient(found: HeadLogits, weight: Tensor, targets: Tensor, ups
 def head_weight_gradient(
     found: HeadLogits, states: Tensor, targets: Tensor, upstream: Tensor, vocabulary: int
 ) -> Tensor:
-    """[V, H] bfloat16 for a vocabulary of V, given the log-probabilities' gradient [N] float32; the logits must have been kept."""
+    """[V, H] bfloat16 for a vocabulary of V, as `head_states_gradient`."""
     logprobs, normalizers, squares = found
     gradient: Tensor = torch.ops.tandem_cpu.head_weight_gradient(
         squares, states, targets, logprobs, normalizers, upstream, vocabulary
