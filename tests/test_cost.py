@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import resources
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tandem.cli import main
 from tandem.config import AdapterSection
 from tandem.models import causal
 from tandem.models.cache import roomy_cache
-from tandem.models.loading import load_causal
+from tandem.models.loading import load_causal, load_tokenizer
 from tandem.plan.model_size import ModelSize
 from tandem.plan.shapes import SHAPES
 from tandem.stages.joint import evaluate
@@ -279,6 +280,23 @@ def test_what_was_read_once_is_the_same_for_the_reward(workload, wide, tmp_path)
     stage.models.policy.trunk.forget()
     assert torch.allclose(stage.score(rollouts).total, alone, atol=1e-6)
     assert alone.std() > 1e-3
+
+
+def test_prompts_are_read_as_the_tokens_that_they_are_made_of(wide, tiny, workload):
+    """Beginnings of sentences where a tokenizer writes such, other ones for each batch; words elsewhere."""
+    written = {}
+    for folder in (wide, tiny()):
+        tokenizer = load_tokenizer(str(folder), "model")
+        first, again, other = (random_prompts(tokenizer, workload, number) for number in (0, 0, 1))
+        assert first == again != other
+        assert len(first) == workload.sequences
+        for prompt in first:
+            assert len(prompt.ids) == workload.prompt_tokens
+            assert tuple(tokenizer(prompt.text, add_special_tokens=False).input_ids) == prompt.ids
+        written[folder] = [prompt.text for prompt in first]
+    assert all(text.startswith("w") for text in written[wide])
+    openings = (resources.files("tandem.demo") / "openings.txt").read_text(encoding="utf-8").splitlines()
+    assert all(any(opening.startswith(text) for opening in openings) for text in written[tiny()])
 
 
 def test_rows_for_a_gpu_are_recipes_of_shapes_that_there_are(tmp_path):

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from contextlib import suppress
+from importlib import resources
 from typing import Any
 
 import torch
@@ -24,11 +25,33 @@ from tandem.types import Prompt
 
 
 def random_prompts(tokenizer: PreTrainedTokenizerBase, workload: Workload, number: int) -> list[Prompt]:
-    """Prompts of the workload's length, others for each batch, of tokens that are words by themselves."""
-    random = torch.Generator().manual_seed(workload.seed * 10_000 + number)
-    words = torch.tensor(word_ids(tokenizer))
-    ids = words[torch.randint(len(words), (workload.sequences, workload.prompt_tokens), generator=random)]
-    return [Prompt(tuple(row), str(tokenizer.decode(row)), None, {}) for row in ids.tolist()]
+    """Prompts of the workload's length, others for each batch, each of which is read as the tokens that it is made of.
+
+    They are beginnings of sentences, as a model is asked to go on with, where its tokenizer writes such; else words at
+    random, after which a model that knows a language answers in odd ones.
+    """
+    chance = torch.Generator().manual_seed(workload.seed * 10_000 + number)
+    length, sentences = workload.prompt_tokens, _sentences()
+    prompts: list[list[int]] = []
+    for _ in range(4 * workload.sequences):
+        some = torch.randint(len(sentences), (1 + length // 8,), generator=chance)
+        ids = _ids(tokenizer, ". ".join(sentences[index] for index in some.tolist()))[:length]
+        known = len(ids) == length and tokenizer.unk_token_id not in ids
+        if known and _ids(tokenizer, str(tokenizer.decode(ids))) == ids:
+            prompts.append(ids)
+    words = torch.tensor(word_ids(tokenizer)) if len(prompts) < workload.sequences else None
+    while words is not None and len(prompts) < workload.sequences:
+        prompts.append(words[torch.randint(len(words), (length,), generator=chance)].tolist())
+    return [Prompt(tuple(ids), str(tokenizer.decode(ids)), None, {}) for ids in prompts[: workload.sequences]]
+
+
+def _sentences() -> list[str]:
+    return (resources.files("tandem.demo") / "openings.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return found
 
 
 def word_ids(tokenizer: PreTrainedTokenizerBase, among: int = 2000) -> list[int]:
@@ -38,7 +61,7 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, among: int = 2000) -> list[int]
         number
         for number, text in texts.items()
         if text.strip().isalnum() and text.isascii() and (text[0] == " " or text[1:].isdigit())
-        if tokenizer(text, add_special_tokens=False).input_ids == [number]
+        if _ids(tokenizer, text) == [number]
     ]
     return kept or list(texts)
 

@@ -16,7 +16,8 @@ a model of your own. Why the code is as it is, and what did not help: [decision 
 Each side of a row is a process of its own, and the sides take turns, round by round; a ratio is that of the medians of
 one round, and a range is over rounds. The first step or batch of each process is left out. On a CPU the layers of
 Tandem's models are compiled before (`compute.compiled`, as long runs do by themselves), and that time is left out too.
-Absolute times are of one machine at one time: quote ratios.
+Tandem's prompts are beginnings of sentences where the tokenizer writes such; a peer's are tokens at random, which takes
+it as long. Absolute times are of one machine at one time: quote ratios.
 
 {machine}
 
