@@ -84,6 +84,7 @@ def test_layers_are_compiled_where_kernels_cannot_be_built(tiny, tmp_path, capsy
     assert "not compiled" not in said
 
 
+@pytest.mark.long
 @needs_compiler
 def test_two_losses_may_ask_one_compiled_pass_for_gradients(tiny):
     """As a value head on the policy's trunk does; and what was compiled can be undone."""
@@ -106,14 +107,11 @@ def test_two_losses_may_ask_one_compiled_pass_for_gradients(tiny):
     assert all("forward" not in vars(layer) for layer in trunk.layers)
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize(
     ("adapter", "padded", "after_another"),
-    [
-        ("policy", True, False),
-        pytest.param("policy", False, True, marks=pytest.mark.long),
-        pytest.param(None, True, True, marks=pytest.mark.long),
-    ],
+    [("policy", True, False), ("policy", False, True), (None, True, True)],
 )
 def test_a_token_is_computed_by_the_code_of_the_token_before(tiny, adapter, padded, after_another):
     """Rows that leave and move keep it; a response with a cache of its own finds its code anew.

@@ -239,13 +239,26 @@ def test_sampling_one_update_behind_reaches_it_too():
     assert found.metrics[0]["rollout/importance_weight"] == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["A2C", "categorical value head", "normalised returns", "adaptive baseline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A2C",
+        "normalised returns",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("categorical value head", "adaptive baseline")),
+    ],
+)
 def test_other_losses_reach_it_too(name):
     assert trained(TREE_ROWS, name, steps=80, episodes=512).gap < 0.08
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("KL as a loss, k2", 0.5), ("book preset", 1.0), ("one theta_ref", 1.0), ("k2 in", 0.04)]
+    ("name", "least"),
+    [
+        ("KL as a loss, k2", 0.5),
+        ("book preset", 1.0),
+        ("one theta_ref", 1.0),
+        pytest.param("k2 in", 0.04, marks=pytest.mark.long),
+    ],
 )
 def test_wrong_settings_are_seen_to_fail(name, least):
     assert trained(TREE_ROWS, name, steps=80, episodes=512).gap > least

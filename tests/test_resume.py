@@ -86,7 +86,9 @@ def end_at_step(run: Path, step: int, number: int, words: list[str]) -> subproce
     return process
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize(
+    "stage", ["sft", *(pytest.param(stage, marks=pytest.mark.long) for stage in ("reward", "dpo"))]
+)
 def test_training_from_data_goes_on_exactly(tiny, tmp_path, stage):
     if stage == "sft":
         rows = [{"prompt": f"the sea {n}", "completion": " was quiet"} for n in range(60)]
