@@ -21,8 +21,6 @@ from tandem.models.trunk import Trunk
 from tandem.types import Tokens
 
 _LOGITS_PER_CHUNK = 2**26
-_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-"""What a model's configuration may do to the product with its head."""
 
 
 @dataclass(frozen=True)
@@ -112,20 +110,26 @@ class CausalPolicy:
 
     def logits(self, states: Tensor) -> Tensor:
         """The model's own logits [N, V] for hidden states [N, H]."""
-        config = self._model.config.get_text_config()
         logits = self._head(states.contiguous())
-        if (scale := getattr(config, "logit_scale", None)) is not None:
+        scale, divisor, cap = self._after_head()
+        if scale is not None:
             logits = logits * scale
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        if divisor is not None:
             logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    def _after_head(self) -> tuple[float | None, float | None, float | None]:
+        """What the model multiplies the product with its head by, divides it by, and caps it at."""
+        config = self._model.config.get_text_config()
+        names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        scale, divisor, cap = (getattr(config, name, None) for name in names)
+        return scale, divisor, cap
+
     def _has_plain_logits(self) -> bool:
         """Whether the policy's logits are the product with its head, and nothing else."""
-        config = self._model.config.get_text_config()
-        return self.rule == FULL_DISTRIBUTION and all(getattr(config, name, None) is None for name in _SCALES)
+        return self.rule == FULL_DISTRIBUTION and self._after_head() == (None, None, None)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, adapter folded in, one by one, under the names of a saved model."""
