@@ -8,7 +8,7 @@ Each is timed in turn with the way in whose place it stands, and the shortest of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,9 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tandem.algo import Passes, Upstream, projected_logprobs, put_slope, sample, sums_over_rows
 from tandem.allocator import keep_memory
-from tandem.models.attention import _one_token_in_sums, attend_on_cpu
+from tandem.models.attention import _in_products, _one_token_in_sums, attend_on_cpu
 from tandem.models.head import head_logprobs
-from tandem.models.kernels import attend_one, draw, load_kernels, packed_product, weight_gradients
+from tandem.models.kernels import attend_one, attend_texts, draw, load_kernels, packed_product, weight_gradients
 from tandem.models.packing import packed
 
 SHAPES = [(21, 6, 6, 96, 48), (32, 9, 3, 48, 64), (8, 9, 3, 256, 64), (4, 9, 3, 512, 64), (2, 9, 3, 1024, 64)]
@@ -102,6 +102,49 @@ def one_token_by_layer() -> None:
         )
         name = f"{rows} rows, {heads} heads on {key_heads}, 64 tokens of {width}, {layers} layers"
         print(f"one token, {name}: compiled sums {sums:.3f}, our kernel {kernel:.3f}")
+
+
+def texts() -> None:
+    """Whole texts attend, and their heads are rotated: by compiled code, and by our operators."""
+
+    def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _in_products(query, key, value, None, 0.125)
+
+    def by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend_texts(query, key, value, 0.125)
+
+    def as_written(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = heads.shape[-1] // 2
+        return heads * cos + torch.cat((-heads[..., half:], heads[..., :half]), dim=-1) * sin
+
+    def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        found: Tensor = torch.ops.tandem_cpu.rotate(heads, cos, sin, False)
+        return found
+
+    def once(way: Callable[..., Tensor], learns: bool, given: Sequence[Tensor]) -> None:
+        with torch.set_grad_enabled(learns):
+            found = way(*given)
+        if learns:
+            torch.autograd.grad(found, given[0], torch.ones_like(found))
+
+    compiled = {way: torch.compile(way, dynamic=True) for way in (by_products, as_written)}
+    for rows, heads, key_heads, length, width in SHAPES[:4]:
+        query, key, value = (
+            torch.randn(rows, length, count, width).bfloat16().transpose(1, 2).requires_grad_()
+            for count in (heads, key_heads, key_heads)
+        )
+        angles = [torch.randn(rows, 1, length, width).bfloat16() for _ in range(2)]
+        for name, old, ours, given in [
+            ("attention", by_products, by_kernel, (query, key, value)),
+            ("rotation", as_written, turned, (query, *angles)),
+        ]:
+            times = [
+                in_turn([partial(once, way, learns, given) for way in (compiled[old], ours)])
+                for learns in (False, True)
+            ]
+            said = ", ".join(f"compiled {before:.2f} and by our kernel {now:.2f}" for before, now in times)
+            each = f"{rows} texts, {heads} heads on {key_heads}, {length} tokens of {width}"
+            print(f"{name} of {each}, alone and with its gradient: {said}")
 
 
 @torch.no_grad()
@@ -206,6 +249,7 @@ if __name__ == "__main__":
     load_kernels()
     one_token_by_layer()
     if torch.ops.tandem_cpu.has_matrix_units():
+        texts()
         matrices()
         gradients()
         heads()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import torch
 from faults.same import differences
 from tandem.cli import main
 from tandem.config import AdapterSection, PpoConfig
+from tandem.models.building import compiler
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy
 from tandem.models.compiling import CompiledLayers, CompiledPasses
 from tandem.models.loading import load_causal
@@ -22,7 +22,7 @@ from tandem.types import whole_texts
 from test_commands import EXACT, ppo_words, prompt_file, refused, with_function
 from test_resume import self_ending_reward
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++ on a CPU")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="torch compiles with g++ on a CPU")
 COMPILED = "--compute.compiled=true"
 SAME = ["policy/loss", "value/loss", "kl/reference", "policy/entropy", "reward/total", "value/explained_variance"]
 
@@ -203,7 +203,7 @@ def test_only_a_long_run_compiles_by_itself(tiny):
         return PpoConfig.model_validate(tree | {"rollout": rollout, "compute": compute})
 
     enough = int(1e13 / parameters / 10_000) + 1
-    assert compiles(config(enough), policy) == (shutil.which("g++") is not None)
+    assert compiles(config(enough), policy) == (compiler() is not None)
     assert not compiles(config(enough // 2), policy)
     assert not compiles(config(enough, compiled=False), policy)
 

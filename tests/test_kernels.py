@@ -12,14 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tandem.algo import sample
 from tandem.models import kernels
-from tandem.models.attention import _one_token, _one_token_in_sums
+from tandem.models.attention import _in_products, _one_token, _one_token_in_sums
+from tandem.models.building import built_library, compiler
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy, SamplingRule
 from tandem.models.compiling import CompiledLayers, CompiledPasses, KernelSampling
 from tandem.models.head import head_logprobs
 from tandem.models.trunk import Trunk
 from tandem.types import whole_texts
 
-pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="the operators are built with g++")
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the operators are built with g++")
 UNITS = torch.cpu.get_capabilities().get("amx_bf16", False)
 needs_units = pytest.mark.skipif(not UNITS, reason="this processor has no matrix units for bfloat16")
 SHAPE = LlamaConfig(
@@ -97,8 +98,8 @@ def test_gradients_of_other_matrices_are_left_alone():
 
 @pytest.mark.long
 @needs_units
-def test_compiled_layers_find_gradients_by_the_operator():
-    """Query, key and value together, gate and up together; as near to those of float32 as uncompiled ones are."""
+def test_compiled_layers_compute_by_the_operators():
+    """Gradients of query, key and value together, gate and up together; as near to float32's as uncompiled ones are."""
     model = LlamaForCausalLM(SHAPE).bfloat16()
     exact = LlamaForCausalLM(SHAPE)
     exact.load_state_dict(model.state_dict())
@@ -118,6 +119,8 @@ def test_compiled_layers_find_gradients_by_the_operator():
     layers.undo()
     calls = {event.key: event.count for event in seen.key_averages()}
     assert calls["tandem_cpu::weight_gradients"] == 2 * 4
+    assert calls["tandem_cpu::attend_texts"] == calls["tandem_cpu::attend_texts_gradients"] == 2
+    assert calls["tandem_cpu::rotate"] == 2 * 2 * 2
     for compiled, written, exactly in zip(found, plain, expected, strict=True):
         gap, usual = ((each.float() - exactly).norm() / exactly.norm() for each in (compiled, written))
         assert gap < max(1.5 * usual, 0.01)
@@ -202,6 +205,105 @@ def test_other_heads_are_read_as_before():
     assert not kernels.reads_head(head(64, 96, dtype=torch.float32))
     assert not kernels.reads_head(head(48, 96))
     assert not kernels.reads_head(head(64, 80))
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+def in_heads(rows: int, heads: int, length: int, width: int) -> torch.Tensor:
+    """As a layer makes them: [rows, heads, length, width] with the heads of a token beside each other."""
+    return torch.randn(rows, length, heads, width).bfloat16().transpose(1, 2)
+
+
+@needs_units
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize("length", [1, 5, 32, 33, 77, 600])
+@pytest.mark.parametrize(("heads", "sets", "width"), [(4, 4, 16), (6, 6, 48), (9, 3, 64), (4, 1, 80), (2, 1, 128)])
+def test_texts_attend(heads, sets, width, length):
+    """What comes of it and all gradients are nearer to those in float64 than by products with a softmax between."""
+    given = in_heads(3, heads, length, width), in_heads(3, sets, length, width), in_heads(3, sets, length, width)
+    upstream = torch.randn(3, length, heads, width).bfloat16()
+    assert kernels.attends_texts(*given)
+
+    def with_gradients(attend, dtype):
+        inputs = [one.to(dtype).requires_grad_() for one in given]
+        found = attend(*inputs)
+        return [found.detach(), *torch.autograd.grad(found, inputs, upstream.to(dtype))]
+
+    def exactly(query, key, value):
+        key, value = (one.repeat_interleave(heads // sets, 1) for one in (key, value))
+        fused = torch.nn.functional.scaled_dot_product_attention
+        return fused(query, key, value, is_causal=True, scale=0.3).transpose(1, 2)
+
+    every = zip(
+        with_gradients(lambda *inputs: kernels.attend_texts(*inputs, 0.3), torch.bfloat16),
+        with_gradients(lambda *inputs: _in_products(*inputs, None, 0.3), torch.bfloat16),
+        with_gradients(exactly, torch.float64),
+        strict=True,
+    )
+    for found, plain, truth in every:
+        assert found.shape == truth.shape
+        # With a single token to read, queries and keys have no gradient.
+        assert error(found, truth) <= error(plain, truth) if truth.abs().max() > 1e-6 else found.abs().max() < 1e-4
+
+
+@needs_units
+def test_texts_do_not_attend_to_what_follows():
+    query, key, value = (in_heads(2, 2, 70, 32) for _ in range(3))
+    found = kernels.attend_texts(query, key, value, 0.3)
+    for one in (query, key, value):
+        one[:, :, 40:] = 1e4
+    assert torch.equal(kernels.attend_texts(query, key, value, 0.3)[:, :40], found[:, :40])
+
+
+@needs_units
+def test_a_gradient_of_attention_is_asked_for_twice():
+    given = [in_heads(2, 2, 40, 32).requires_grad_() for _ in range(3)]
+    found = kernels.attend_texts(*given, 0.3)
+    upstream = torch.randn(found.shape).bfloat16()
+    first = torch.autograd.grad(found, given, upstream, retain_graph=True)
+    again = torch.autograd.grad(found, given, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_other_texts_attend_in_another_way():
+    query, key, value = (in_heads(2, 4, 9, 64) for _ in range(3))
+    assert kernels.attends_texts(query, key, value) == UNITS
+    assert not kernels.attends_texts(query[:, :, 3:], key, value)
+    assert not kernels.attends_texts(query, key, value[..., :32])
+    assert not kernels.attends_texts(query[..., :40], key[..., :40], value[..., :40])
+    assert not kernels.attends_texts(query.float(), key.float(), value.float())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", [2, 16, 24, 32, 48, 128])
+@pytest.mark.parametrize("angles_of", [1, 3])
+def test_heads_are_rotated(width, dtype, angles_of):
+    """As transformers writes it, and so are the gradients; a half may have other angles than the other."""
+    heads = torch.randn(3, 7, 2, width, dtype=dtype).transpose(1, 2).requires_grad_()
+    cos, sin = (torch.randn(angles_of, 1, 7, width, dtype=dtype) for _ in range(2))
+    upstream, half = torch.randn(3, 2, 7, width, dtype=dtype), width // 2
+    exact = heads.detach().double().requires_grad_()
+    turned = torch.cat((-exact[..., half:], exact[..., :half]), dim=-1)
+    expected = exact * cos.double() + turned * sin.double()
+    assert kernels.rotates(heads, cos, sin)
+    found = torch.ops.tandem_cpu.rotate(heads, cos, sin, False)
+    near = {"rtol": 2**-8, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert torch.allclose(found.double(), expected, **near)
+    (gradient,) = torch.autograd.grad(found, heads, upstream)
+    (of_exact,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert torch.allclose(gradient.double(), of_exact, **near)
+
+
+def test_other_heads_are_rotated_as_before():
+    heads, angles = torch.randn(3, 2, 7, 16), torch.randn(1, 1, 7, 16)
+    assert kernels.rotates(heads, angles, angles)
+    assert not kernels.rotates(heads[:, :, :1], angles[:, :, :1], angles[:, :, :1])
+    assert not kernels.rotates(heads, angles.bfloat16(), angles)
+    assert not kernels.rotates(heads, angles, torch.randn(3, 2, 7, 16))
+    assert not kernels.rotates(heads, angles, angles.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -361,8 +463,8 @@ def test_what_is_wrong_with_the_compiler_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(RuntimeError, match=r"cannot compile the operators"):
-        kernels._built()
+        built_library()
     assert [path.name for path in (tmp_path / "tandem" / "kernels").iterdir()] == ["lock"]
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
-        kernels._built()
+        built_library()

@@ -62,7 +62,7 @@ def _series(
         with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
             model = make_shape(Path(folder) / "model", shape)
             reward = make_reward_model(str(model), Path(folder) / "reward", None)
-            base = Workload("growth", str(model), 16, 16, 64, "float32", threads=threads)
+            base = Workload("growth", str(model), 16, 16, 64, "float32", tokens_per_microbatch=2048, threads=threads)
             workload = replace(base, **changes)
             words = [workload.to_json(), str(reward), str(steps)]
             answer = answer_of(timed.command("tandem.bench.joint_step", *words))

@@ -29,7 +29,7 @@ class Workload:
     epochs: int = 1
     sharing: Sharing = "separate"
     upper_layers: int | None = None
-    tokens_per_microbatch: int = 2048
+    tokens_per_microbatch: int = 4096
     device: str = "cpu"
     threads: int | None = None
     compiled: bool = False

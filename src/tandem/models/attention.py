@@ -35,8 +35,11 @@ def attend_on_cpu(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: 
     scaling = more.get("scaling") or query.shape[-1] ** -0.5
     if query.shape[2] == 1:
         return _way_of_one_token(query, value)(query, key, value, mask, scaling), None
-    if query.dtype != torch.float32 and key.shape[2] <= _LONGEST_IN_PRODUCTS and getattr(module, "is_causal", True):
-        return _in_products(query, key, value, mask, scaling), None
+    if query.dtype != torch.float32 and getattr(module, "is_causal", True):
+        if mask is None and torch.compiler.is_compiling() and kernels.attends_texts(query, key, value):
+            return kernels.attend_texts(query, key, value, scaling), None
+        if key.shape[2] <= _LONGEST_IN_PRODUCTS:
+            return _in_products(query, key, value, mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, mask, **more)
 
 

@@ -27,32 +27,6 @@ using namespace tandem;
 // that both stay in the cache.
 constexpr int64_t kSquaresOfRows = 16, kSquaresOfTokens = 8;
 
-inline int64_t squares_of(int64_t count) { return (count + kDepth - 1) / kDepth; }
-
-inline Vec widened(__m256i numbers) {
-  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16)));
-}
-inline Vec low(__m512i numbers) { return widened(_mm512_castsi512_si256(numbers)); }
-inline Vec high(__m512i numbers) { return widened(_mm512_extracti64x4_epi64(numbers, 1)); }
-inline __m512i rounded(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-constexpr float kLog2E = 1.4426950408889634f;
-
-// 2^x to 2e-7 of it; a polynomial between whole numbers.
-inline Vec power_of_two(Vec x) {
-  constexpr int kFromBelow = 0x09;
-  const __m512 part = _mm512_reduce_ps(x, kFromBelow);
-  __m512 found = _mm512_set1_ps(0.0018671302f);
-  for (const float next : {0.0090170298f, 0.0557999127f, 0.2401644439f, 0.6931512952f, 1.f})
-    found = _mm512_fmadd_ps(found, part, _mm512_set1_ps(next));
-  return Vec(_mm512_scalef_ps(found, x));
-}
-
-// e^(x - y), given y log2(e).
-inline Vec exp_of_difference(Vec x, Vec y_in_bits) {
-  return power_of_two(Vec(_mm512_fmsub_ps(x, _mm512_set1_ps(kLog2E), y_in_bits)));
-}
-
 // Where each row's target is, in the order in which the squares of logits are walked through.
 struct Place {
   int64_t square, token, row;
@@ -71,46 +45,6 @@ std::vector<Place> places_of(const Tensor& targets) {
 std::vector<Place>::const_iterator first_place(const std::vector<Place>& places, int64_t square) {
   return std::lower_bound(places.begin(), places.end(), square,
                           [](const Place& place, int64_t from) { return place.square < from; });
-}
-
-// [N, H] -> [N / 32, H / 32, 2, 16 pairs of H, 16 of N, 2], with zeros for rows that are not there.
-Tensor lay_down(const Tensor& states) {
-  const int64_t count = states.size(0), width = states.size(1), steps = width / kDepth, tiles = 2 * squares_of(count);
-  Tensor laid_out = at::empty({tiles * kTile * width}, states.options());
-  const BFloat16* from = states.const_data_ptr<BFloat16>();
-  BFloat16* to = laid_out.mutable_data_ptr<BFloat16>();
-  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t end) {
-    alignas(64) BFloat16 last[kTileNumbers];
-    for (int64_t tile = first; tile < end; tile++) {
-      const int64_t rows = std::min(kTile, count - tile * kTile);
-      for (int64_t k = 0; k < steps; k++) {
-        const BFloat16* here = from + tile * kTile * width + k * kDepth;
-        for (int64_t i = 0; rows < kTile && i < kTile; i++) {
-          const __m512i row = i < rows ? _mm512_loadu_si512(here + i * width) : _mm512_setzero_si512();
-          _mm512_store_si512(last + i * kDepth, row);
-        }
-        BFloat16* there = to + ((tile / 2 * steps + k) * 2 + tile % 2) * kTileNumbers;
-        if (rows < kTile) turn_pairs(last, kTile, there);
-        else turn_pairs(here, width / 2, there);
-      }
-    }
-  });
-  return laid_out;
-}
-
-// [N, H] -> [H / 32, N / 32, 2, 16 pairs of N, 16 of H, 2], with zeros for rows that are not there.
-Tensor lay_across(const Tensor& states) {
-  const int64_t count = states.size(0), width = states.size(1), squares = squares_of(count);
-  Tensor laid_out = at::empty({squares * kDepth * width}, states.options());
-  const BFloat16* from = states.const_data_ptr<BFloat16>();
-  BFloat16* to = laid_out.mutable_data_ptr<BFloat16>();
-  at::parallel_for(0, squares, 1, [&](int64_t first, int64_t end) {
-    for (int64_t n = first; n < end; n++)
-      for (int64_t k = 0; k < width; k += kDepth)
-        pair_rows(from + n * kDepth * width + k, width, count - n * kDepth, kDepth,
-                  to + (k / kDepth * squares + n) * kSquare, kTileNumbers);
-  });
-  return laid_out;
 }
 
 // Reads a square of logits in 64 strides: 32 in which one token's are rounded, and 32 in which they are added to the
@@ -176,8 +110,13 @@ std::tuple<Tensor, Tensor, Tensor> head_logprobs(const Tensor& given, const Tens
   const Tensor states = given.contiguous();
   const int64_t count = states.size(0), width = states.size(1), across = squares_of(count), steps = width / kDepth;
   const int64_t down = weight.size(0) / kDepth, padded = across * kDepth, parts = at::get_num_threads();
-  const Tensor laid_out = lay_down(states);
-  const BFloat16 *x = laid_out.const_data_ptr<BFloat16>(), *w = weight.const_data_ptr<BFloat16>();
+  const Tensor laid_out = at::empty({padded * width}, states.options());
+  BFloat16* x = laid_out.mutable_data_ptr<BFloat16>();
+  const BFloat16 *given_rows = states.const_data_ptr<BFloat16>(), *w = weight.const_data_ptr<BFloat16>();
+  at::parallel_for(0, across, 1, [&](int64_t first, int64_t end) {
+    for (int64_t n = first; n < end; n++)
+      lay_down(given_rows + n * kDepth * width, count - n * kDepth, width, x + n * kDepth * width);
+  });
   Tensor logits = at::empty({keep ? down * across * kSquare : 0}, states.options());
   BFloat16* kept = keep ? logits.mutable_data_ptr<BFloat16>() : nullptr;
   const auto numbers = states.options().dtype(at::kFloat);
@@ -265,17 +204,14 @@ struct WovenSlopes {
   int64_t strides(int64_t tokens) const { return squares * tokens * kTile; }
 
   void weave(int64_t group, int64_t tokens, int64_t stride, BFloat16* to) const {
-    alignas(64) static constexpr uint16_t kOrder[kDepth] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i order = _mm512_load_si512(kOrder);
     const int64_t pair = stride % kTile, token = stride / kTile % tokens, n = stride / kTile / tokens;
     const BFloat16* from = logits + ((group + token) * across + first + n) * kSquare + 2 * pair * kDepth;
     const auto [low_even, high_even] = slopes.of(from, (first + n) * kDepth);
     const auto [low_odd, high_odd] = slopes.of(from + kDepth, (first + n) * kDepth);
     BFloat16* here = to + (2 * n * tokens + token) * kTileNumbers + pair * kDepth;
-    _mm512_store_si512(here, _mm512_permutexvar_epi16(order, rounded(low_even, low_odd)));
-    _mm512_store_si512(here + tokens * kTileNumbers, _mm512_permutexvar_epi16(order, rounded(high_even, high_odd)));
+    const auto [low_pairs, high_pairs] = paired(low_even, high_even, low_odd, high_odd);
+    _mm512_store_si512(here, low_pairs);
+    _mm512_store_si512(here + tokens * kTileNumbers, high_pairs);
   }
 
   void put_targets(int64_t group, int64_t tokens, BFloat16* to) const {
@@ -296,20 +232,6 @@ void turn_head(const BFloat16* rows, int64_t width, int64_t tokens, BFloat16* to
       pair_rows(rows + token * kDepth * width + k * kTile, width, kDepth, kDepth, pairs, kTileNumbers);
       for (int64_t half = 0; half < 2; half++)
         turn_pairs(pairs + half * kTileNumbers, kTile, to + ((k + half) * tokens + token) * kTileNumbers);
-    }
-}
-
-// Sums in squares [H / 32, squares of rows] as rows [count, H].
-void round_turned(const float* sums, int64_t squares, int64_t count, int64_t width, BFloat16* to) {
-  alignas(64) float turned[kTileSums];
-  for (int64_t k = 0; k < width / kDepth; k++)
-    for (int64_t tile = 0; tile < 4 * squares; tile++, sums += kTileSums) {
-      at::vec::transpose_mxn<float, kTile, kTile>(sums, kTile, turned, kTile);
-      const int64_t first = tile / 4 * kDepth + tile % 2 * kTile;
-      BFloat16* here = to + first * width + k * kDepth + tile / 2 % 2 * kTile;
-      for (int64_t i = 0; i < std::min(kTile, count - first); i++, here += width)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(here),
-                            (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(turned + i * kTile)));
     }
 }
 
@@ -359,7 +281,10 @@ Tensor head_states_gradient(const Tensor& logits, const Tensor& weight, const Te
           store_square(sum + square * kSquare);
         }
       }
-      round_turned(sum, squares, count - first * kDepth, width, out + first * kDepth * width);
+      for (int64_t square = 0; square < steps * squares; square++) {
+        const int64_t row = (first + square % squares) * kDepth;
+        round_turned(sum + square * kSquare, count - row, out + row * width + square / squares * kDepth, width);
+      }
     }
   });
   return gradient;

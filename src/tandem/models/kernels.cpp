@@ -1,5 +1,5 @@
-// What libraries leave a CPU waiting for: in sampling a token, products of few rows, one query that attends, and the draw;
-// in training, the gradients of matrices.
+// What libraries leave a CPU waiting for: in sampling a token, products of few rows and the draw; in training, the
+// gradients of matrices.
 // Built and described by kernels.py. Each has a plain way in Python, to which tests/test_kernels.py holds it.
 
 #include <ATen/ops/empty.h>
@@ -20,34 +20,6 @@
 namespace {
 
 using namespace tandem;
-
-constexpr int64_t kLanes = Vec::size();
-constexpr float kLowest = std::numeric_limits<float>::lowest();
-
-inline Vec load(const float* from) { return Vec::loadu(from); }
-
-inline Vec load(const BFloat16* from) {
-  Vec found;
-  at::vec::load_fp32_from_bf16(from, found);
-  return found;
-}
-
-// The first `count` of a vector, and minus infinity in the place of the others.
-template <typename T>
-inline Vec load(const T* from, int64_t count) {
-  if (count >= kLanes) return load(from);
-  float found[kLanes];
-  for (int64_t i = 0; i < kLanes; i++) found[i] = i < count ? float(from[i]) : -std::numeric_limits<float>::infinity();
-  return Vec::loadu(found);
-}
-
-inline float sum_of(Vec vec) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vec);
-}
-
-inline float greatest_of(Vec vec) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, vec);
-}
 
 // ---- Products ----------------------------------------------------------------------------------------------------
 
@@ -186,7 +158,7 @@ inline void round_tile(const float* sums, BFloat16* to, int64_t stride) {
                         (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(sums + i * kTile)));
 }
 
-// One or two tiles of outputs of a matrix's gradient [outputs, inputs], from `down`, laid out for it, and all of `across`.
+// One or two tiles of outputs of a matrix's gradient [outputs, inputs], from `down`, laid out for it, and `across`.
 void multiply_strip(const BFloat16* down, int64_t tiles, const BFloat16* across, int64_t inputs, int64_t steps,
                     BFloat16* out) {
   alignas(64) float sums[4 * kTile * kTile];
@@ -272,125 +244,6 @@ std::vector<Tensor> weight_gradients(at::TensorList upstream, const Tensor& rows
   return out;
 }
 
-// ---- Attention of a single query ---------------------------------------------------------------------------------
-
-// Query heads that read the same keys and values together.
-constexpr int64_t kHeadsTogether = 4;
-
-// What `kHeads` queries read of keys and values [length, kWidth], whose rows are a stride apart; `shares` has `room` for
-// a head's scores. The next keys are sent for meanwhile.
-template <typename T, int64_t kWidth, int kHeads>
-void attend_together(const T* const* queries, const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
-                     const T* next_keys, int64_t length, const bool* read, int64_t read_stride, float scaling,
-                     float* shares, int64_t room, T* to) {
-  constexpr int64_t vecs = kWidth / kLanes;
-  Vec asked[kHeads][vecs], sum[kHeads][vecs];
-  float greatest[kHeads], total[kHeads];
-  for (int h = 0; h < kHeads; h++) {
-    greatest[h] = kLowest, total[h] = 0;
-    for (int i = 0; i < vecs; i++) asked[h][i] = load(queries[h] + i * kLanes) * Vec(scaling), sum[h][i] = Vec(0.f);
-  }
-  for (int64_t s = 0; s < length; s++) {
-    fetch_ahead<2>(values + s * value_stride, kWidth);
-    Vec dot[kHeads];
-    for (int i = 0; i < vecs; i++) {
-      const Vec key = load(keys + s * key_stride + i * kLanes);
-      for (int h = 0; h < kHeads; h++) dot[h] = i ? at::vec::fmadd(asked[h][i], key, dot[h]) : asked[h][i] * key;
-    }
-    const bool reads = !read || read[s * read_stride];
-    for (int h = 0; h < kHeads; h++) {
-      const float score = reads ? sum_of(dot[h]) : kLowest;
-      shares[h * room + s] = score;
-      greatest[h] = std::max(greatest[h], score);
-    }
-  }
-  for (int h = 0; h < kHeads; h++) {
-    float* p = shares + h * room;
-    for (int64_t s = 0; s < length; s += kLanes) (Vec::loadu(p + s) - Vec(greatest[h])).exp_u20().store(p + s);
-    for (int64_t s = 0; s < length; s++) total[h] += p[s];
-  }
-  for (int64_t s = 0; s < length; s++) {
-    fetch_ahead<2>(next_keys + s * key_stride, kWidth);
-    for (int i = 0; i < vecs; i++) {
-      const Vec value = load(values + s * value_stride + i * kLanes);
-      for (int h = 0; h < kHeads; h++) sum[h][i] = at::vec::fmadd(Vec(shares[h * room + s]), value, sum[h][i]);
-    }
-  }
-  for (int h = 0; h < kHeads; h++)
-    for (int i = 0; i < vecs; i++) {
-      float found[kLanes];
-      (sum[h][i] / Vec(total[h])).store(found);
-      for (int j = 0; j < kLanes; j++) to[h * kWidth + i * kLanes + j] = T(found[j]);
-    }
-}
-
-// As `attend_one`, for heads of a width that is known when this is compiled.
-template <typename T, int64_t kWidth>
-void attend(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
-            double scaling, Tensor& out) {
-  const int64_t heads = query.size(1), sets = keys.size(1), length = keys.size(2), group = heads / sets;
-  const auto qs = query.strides(), ks = keys.strides(), vs = values.strides();
-  const T *q = query.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
-  const bool* read = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
-  const int64_t mask_row = read && mask->size(0) > 1 ? mask->stride(0) : 0, mask_place = read ? mask->stride(3) : 0;
-  const int64_t room = (length + kLanes - 1) / kLanes * kLanes;
-  T* to = out.mutable_data_ptr<T>();
-  at::parallel_for(0, query.size(0) * sets, 1, [&](int64_t first, int64_t end) {
-    std::vector<float> shares(kHeadsTogether * room);
-    for (int64_t n = first; n < end; n++) {
-      const int64_t row = n / sets, set = n % sets;
-      const T *keys_of = k + row * ks[0] + set * ks[1], *values_of = v + row * vs[0] + set * vs[1];
-      const bool* read_of = read ? read + row * mask_row : nullptr;
-      // Keys and values are met once a token, so they come from afar: the next are sent for while these are read.
-      const T* next_keys = n + 1 < end ? k + (n + 1) / sets * ks[0] + (n + 1) % sets * ks[1] : keys_of;
-      for (int64_t head = set * group; head < (set + 1) * group; head += kHeadsTogether) {
-        const int64_t together = std::min(kHeadsTogether, (set + 1) * group - head);
-        const T* asking[kHeadsTogether];
-        for (int64_t h = 0; h < together; h++) asking[h] = q + row * qs[0] + (head + h) * qs[1];
-        T* here = to + (row * heads + head) * kWidth;
-        const auto attending = [&](auto count) {
-          attend_together<T, kWidth, count()>(asking, keys_of, ks[2], values_of, vs[2], next_keys, length, read_of,
-                                              mask_place, float(scaling), shares.data(), room, here);
-        };
-        switch (together) {
-          case 1: attending(std::integral_constant<int, 1>()); break;
-          case 2: attending(std::integral_constant<int, 2>()); break;
-          case 3: attending(std::integral_constant<int, 3>()); break;
-          default: attending(std::integral_constant<int, 4>());
-        }
-      }
-    }
-  });
-}
-
-template <typename T>
-void attend_by_width(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
-                     double scaling, Tensor& out) {
-  switch (query.size(3)) {
-    case 16: return attend<T, 16>(query, keys, values, mask, scaling, out);
-    case 32: return attend<T, 32>(query, keys, values, mask, scaling, out);
-    case 48: return attend<T, 48>(query, keys, values, mask, scaling, out);
-    case 64: return attend<T, 64>(query, keys, values, mask, scaling, out);
-    case 80: return attend<T, 80>(query, keys, values, mask, scaling, out);
-    case 96: return attend<T, 96>(query, keys, values, mask, scaling, out);
-    case 128: return attend<T, 128>(query, keys, values, mask, scaling, out);
-    default: TORCH_CHECK(false, "heads of width ", query.size(3), " are not among those that this was compiled for");
-  }
-}
-
-Tensor beside_each_other(const Tensor& given) { return given.stride(-1) == 1 ? given : given.contiguous(); }
-
-// [B, 1, heads, D] of queries [B, heads, 1, D] to keys and values [B, key heads, S, D], where the mask [1 or B, 1, 1, S]
-// is true or there is none.
-Tensor attend_one(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
-                  double scaling) {
-  Tensor out = at::empty({query.size(0), 1, query.size(1), values.size(3)}, query.options());
-  const Tensor q = beside_each_other(query), k = beside_each_other(keys), v = beside_each_other(values);
-  if (query.scalar_type() == at::kFloat) attend_by_width<float>(q, k, v, mask, scaling, out);
-  else attend_by_width<BFloat16>(q, k, v, mask, scaling, out);
-  return out;
-}
-
 // ---- The draw of a token -----------------------------------------------------------------------------------------
 
 constexpr int64_t kBlock = 256;
@@ -457,7 +310,6 @@ TORCH_LIBRARY(tandem_cpu, library) {
   library.def("pack(Tensor weight) -> Tensor");
   library.def("multiply_packed(Tensor rows, Tensor packed, Tensor weight, Tensor? bias) -> Tensor");
   library.def("weight_gradients(Tensor[] upstream, Tensor rows) -> Tensor[]");
-  library.def("attend_one(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scaling) -> Tensor");
   library.def("draw(Tensor logits, Tensor uniform) -> (Tensor, Tensor)");
 }
 
@@ -465,6 +317,5 @@ TORCH_LIBRARY_IMPL(tandem_cpu, CPU, library) {
   library.impl("pack", &pack);
   library.impl("multiply_packed", &multiply_packed);
   library.impl("weight_gradients", &weight_gradients);
-  library.impl("attend_one", &attend_one);
   library.impl("draw", &draw);
 }

@@ -1,53 +1,50 @@
-"""Operators of our own on a CPU: C++ (`kernels.cpp`, `head.cpp`), built by the compiler that torch uses too.
+"""Operators of our own on a CPU: C++ (`kernels.cpp`, `attention.cpp`, `head.cpp`).
 
 In sampling a few rows meet every matrix, key and value once a token. What there is for it in torch and oneDNN reads
 them at a third to a half of the rate at which memory gives them. In training, oneDNN finds a narrow matrix's gradient
-at half of the rate of its other products, and logits are written and read three times where once is enough.
+at half of the rate of its other products, compiled code takes the exponentials of what no query reads, and logits are
+written and read three times where once is enough.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.cpp_extension import include_paths, library_paths
 
-_FOLDER = Path(__file__).parent
-_SOURCES, _HEADERS = (_FOLDER / "kernels.cpp", _FOLDER / "head.cpp"), (_FOLDER / "tiles.h",)
+from tandem.models.building import built_library
+
 _WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 """Of heads, that the source is compiled for."""
 _TYPES = (torch.float32, torch.bfloat16)
-
-
-def compiler() -> str | None:
-    """The C++ compiler's path, if there is one: the one that torch compiles with."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+_LONGEST = 4096
+"""Texts that `attend_texts` is given: of what it keeps of a head, each thread holds length times length numbers."""
 
 
 _loaded = False
+_has_matrix_units = False
 
 
 def load_kernels() -> None:
-    """Build the operators where this machine has not built them yet (10 s), and make them known to torch.
+    """Build the operators where this machine has not built them yet, and make them known to torch.
 
     Raises RuntimeError where they cannot be built.
     """
-    global _loaded
+    global _loaded, _has_matrix_units
     if _loaded:
         return
-    torch.ops.load_library(_built())
+    torch.ops.load_library(built_library())
+    _has_matrix_units = torch.ops.tandem_cpu.has_matrix_units()
     torch.library.register_fake("tandem_cpu::multiply_packed", _shape_of_product)
     torch.library.register_fake("tandem_cpu::attend_one", _shape_of_attention)
     torch.library.register_fake("tandem_cpu::weight_gradients", _shapes_of_gradients)
+    torch.library.register_fake("tandem_cpu::rotate", _shape_of_rotated)
+    torch.library.register_autograd("tandem_cpu::rotate", _back_from_rotated, setup_context=_keep_for_rotation)
+    torch.library.register_fake("tandem_cpu::attend_texts", _shapes_of_attention)
+    torch.library.register_fake("tandem_cpu::attend_texts_gradients", _shapes_of_attention_gradients)
+    torch.library.register_autograd("tandem_cpu::attend_texts", _back_from_attention, setup_context=_keep_for_attention)
     _loaded = True
 
 
@@ -79,11 +76,39 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     return found
 
 
+def rotates(heads: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the operator `rotate` turns such heads [B, heads, T, D] by cos and sin [1 or B, 1, T, D].
+
+    For a single token, code that also does what comes before and after it is as fast.
+    """
+    known = _loaded and heads.device.type == "cpu" and heads.dtype in _TYPES and heads.dim() == 4
+    alike = all(
+        angle.dtype == heads.dtype and angle.dim() == 4 and angle.shape[1] == 1 and not angle.requires_grad
+        for angle in (cos, sin)
+    )
+    return known and alike and heads.shape[3] % 2 == 0 and heads.shape[2] != 1
+
+
+def attends_texts(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend_texts` knows such queries [B, heads, T, D], keys and values [B, key heads, T, D]."""
+    if not (_loaded and query.device.type == "cpu" and query.dtype == key.dtype == value.dtype == torch.bfloat16):
+        return False
+    width = query.shape[3]
+    alike = query.shape[2] == key.shape[2] <= _LONGEST and key.shape[3] == value.shape[3] == width
+    return _has_matrix_units and alike and width in _WIDTHS
+
+
+def attend_texts(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """[B, T, heads, D]: every query reads the keys up to its own place."""
+    found: Tensor = torch.ops.tandem_cpu.attend_texts(query, key, value, scaling)[0]
+    return found
+
+
 def multiplies(weight: Tensor) -> bool:
     """Whether there are matrix units for this matrix [outputs, inputs], and it consists of whole tiles of theirs."""
     outputs, inputs = weight.shape
     tiles = outputs % 16 == 0 and (inputs % 32 == 0 or inputs in (8, 16))
-    return tiles and weight.dtype == torch.bfloat16 and bool(torch.ops.tandem_cpu.has_matrix_units())
+    return tiles and weight.dtype == torch.bfloat16 and _has_matrix_units
 
 
 def finds_gradient(upstream: Tensor, rows: Tensor) -> bool:
@@ -92,7 +117,7 @@ def finds_gradient(upstream: Tensor, rows: Tensor) -> bool:
         return False
     widths = (upstream.shape[1], rows.shape[1])
     tiles = all(isinstance(width, int) and width % 16 == 0 for width in widths)
-    return tiles and bool(torch.ops.tandem_cpu.has_matrix_units())
+    return tiles and _has_matrix_units
 
 
 def weight_gradients(upstream: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
@@ -107,7 +132,7 @@ def reads_head(head: nn.Module) -> bool:
     if not (_loaded and weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16):
         return False
     whole = weight.is_contiguous() and all(size % 32 == 0 for size in weight.shape)
-    return whole and bool(torch.ops.tandem_cpu.has_matrix_units())
+    return whole and _has_matrix_units
 
 
 class HeadLogits(NamedTuple):
@@ -171,49 +196,34 @@ def _shape_of_attention(query: Tensor, _: Tensor, value: Tensor, *__: Any) -> Te
     return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
 
 
-def _built() -> Path:
-    """The library for these sources, torch and processor, from the cache or built into it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    options = ["-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC"]
-    options += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    told_by = (
-        [path.read_bytes() for path in (*_SOURCES, *_HEADERS)],
-        torch.__version__,
-        options,
-        sorted(torch.cpu.get_capabilities().items()),
-    )
-    name = f"{hashlib.sha256(repr(told_by).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem" / "kernels"
-    library = folder / name
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            # One process builds, and the others wait for it.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                _build(options, library)
-    return library
+def _shape_of_rotated(heads: Tensor, _: Tensor, __: Tensor, back: bool) -> Tensor:
+    rows, count, length, width = heads.shape
+    return heads.new_empty(rows, length, count, width).transpose(1, 2) if back else heads.new_empty(heads.shape)
 
 
-def _build(options: Sequence[str], library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as beside:
-        _compile(options, Path(beside) / library.name)
-        (Path(beside) / library.name).replace(library)
+def _keep_for_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch names it)
+    _, cos, sin, _ = inputs
+    ctx.save_for_backward(cos, sin)
 
 
-def _compile(options: Sequence[str], library: Path) -> None:
-    program = compiler()
-    if program is None:
-        raise RuntimeError("there is no C++ compiler")
-    found = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    # All in one, since most of the time goes into torch's headers.
-    together = "".join(f'#include "{path}"\n' for path in _SOURCES)
-    words = [program, *options, *found, "-x", "c++", "-", "-o", str(library), "-lc10", "-ltorch_cpu", "-ltorch"]
-    done = subprocess.run(words, check=False, capture_output=True, text=True, input=together)
-    if done.returncode:
-        raise RuntimeError(f"{program} cannot compile the operators: {_first_error(done.stderr)}")
+def _back_from_rotated(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return torch.ops.tandem_cpu.rotate(gradient, *ctx.saved_tensors, True), None, None, None
 
 
-def _first_error(said: str) -> str:
-    lines = said.strip().splitlines() or ["it says nothing"]
-    return next((line for line in lines if "error" in line), lines[0])
+def _shapes_of_attention(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, heads, length, width = query.shape
+    normalizers = query.new_empty(rows, heads, (length + 31) // 32 * 32, dtype=torch.float32)
+    return query.new_empty(rows, length, heads, width), normalizers
+
+
+def _shapes_of_attention_gradients(_: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(one.new_empty(one.transpose(1, 2).shape).transpose(1, 2) for one in given[:3])
+
+
+def _keep_for_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *given, ctx.scaling = inputs
+    ctx.save_for_backward(*given, *output)
+
+
+def _back_from_attention(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    return *torch.ops.tandem_cpu.attend_texts_gradients(gradient, *ctx.saved_tensors, ctx.scaling), None

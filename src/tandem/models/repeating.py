@@ -19,6 +19,7 @@ from torch._dynamo import lookup_backend
 
 from tandem.models.cache import RoomyLayer
 from tandem.models.gradients import MatrixGradients
+from tandem.models.rewriting import rotate_by_operator
 
 Forward = Callable[..., Any]
 Inputs = tuple[Any, ...]
@@ -54,6 +55,8 @@ _watched: ContextVar[list[Call] | None] = ContextVar("watched", default=None)
 
 def compile_graph(graph: Any, inputs: Any) -> Graph:
     """torch's own compiler, as a backend of `torch.compile` whose calls can be watched."""
+    rotate_by_operator(graph.graph)
+    graph.recompile()
     names = tuple(node._dynamo_source.name for node in graph.graph.nodes if node.op == "placeholder")
     inductor: Any = lookup_backend("inductor")
     compiled: Graph = inductor(graph, inputs, config_patches=_SETTINGS)

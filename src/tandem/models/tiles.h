@@ -3,11 +3,13 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
+
+#include "vectors.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TANDEM_HAS_MATRIX_UNITS
@@ -18,20 +20,10 @@
 
 namespace tandem {
 
-using at::BFloat16;
-using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
-
 // A tile of the matrix units holds 16 rows of 32 numbers in bfloat16; a tile of sums 16 rows of 16 in float32.
 constexpr int64_t kTile = 16, kDepth = 32, kTileNumbers = kTile * kDepth, kTileSums = kTile * kTile;
 // So many numbers has a square of 32 x 32: two tiles, or the sums of four.
 constexpr int64_t kSquare = kDepth * kDepth;
-
-// Into the nearest cache (3), or the next one (2), from which more can be on its way at once.
-template <int kNearness, typename T>
-inline void fetch_ahead(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, kNearness);
-}
 
 #ifdef TANDEM_HAS_MATRIX_UNITS
 
@@ -131,10 +123,90 @@ inline void add_to_square(const BFloat16* down, int64_t bytes, int64_t down_furt
   _tile_dpbf16ps(3, 5, 7);
 }
 
+inline int64_t squares_of(int64_t count) { return (count + kDepth - 1) / kDepth; }
+
+inline Vec widened(__m256i numbers) {
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16)));
+}
+inline Vec low(__m512i numbers) { return widened(_mm512_castsi512_si256(numbers)); }
+inline Vec high(__m512i numbers) { return widened(_mm512_extracti64x4_epi64(numbers, 1)); }
+inline __m512i rounded(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// 2^x to 2e-7 of it; a polynomial between whole numbers.
+inline Vec power_of_two(Vec x) {
+  constexpr int kFromBelow = 0x09;
+  const __m512 part = _mm512_reduce_ps(x, kFromBelow);
+  __m512 found = _mm512_set1_ps(0.0018671302f);
+  for (const float next : {0.0090170298f, 0.0557999127f, 0.2401644439f, 0.6931512952f, 1.f})
+    found = _mm512_fmadd_ps(found, part, _mm512_set1_ps(next));
+  return Vec(_mm512_scalef_ps(found, x));
+}
+
+// e^(x - y), given y log2(e).
+inline Vec exp_of_difference(Vec x, Vec y_in_bits) {
+  return power_of_two(Vec(_mm512_fmsub_ps(x, _mm512_set1_ps(kLog2E), y_in_bits)));
+}
+
 // Row `i` of 32 of a square's sums, rounded.
 inline __m512i rounded_row(const float* sums, int64_t i) {
   const float* left = sums + i / kTile * 2 * kTileSums + i % kTile * kTile;
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(left + kTileSums), _mm512_load_ps(left));
+}
+
+// 32 rows of a matrix [N, H], or as many as there are, as the side across of a product: [H / 32, 2, 16 pairs of H, 16
+// of the rows, 2], with zeros for rows that are not there.
+inline void lay_down(const BFloat16* from, int64_t rows, int64_t width, BFloat16* to) {
+  alignas(64) BFloat16 last[kTileNumbers];
+  for (int64_t half = 0; half < 2; half++, from += kTile * width, rows -= kTile)
+    for (int64_t k = 0; k < width; k += kDepth) {
+      BFloat16* there = to + k * kDepth + half * kTileNumbers;
+      for (int64_t i = 0; rows < kTile && i < kTile; i++) {
+        const __m512i row = i < rows ? _mm512_loadu_si512(from + i * width + k) : _mm512_setzero_si512();
+        _mm512_store_si512(last + i * kDepth, row);
+      }
+      if (rows < kTile) turn_pairs(last, kTile, there);
+      else turn_pairs(from + k, width / 2, there);
+    }
+}
+
+// The rows of a matrix [N, H] as the side across of a product over them: [H / 32, N / 32, 2, 16 pairs of N, 16 of H,
+// 2], with zeros for rows that are not there.
+inline Tensor lay_across(const Tensor& matrix) {
+  const int64_t count = matrix.size(0), width = matrix.size(1), squares = squares_of(count);
+  Tensor laid_out = at::empty({squares * kDepth * width}, matrix.options());
+  const BFloat16* from = matrix.const_data_ptr<BFloat16>();
+  BFloat16* to = laid_out.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, squares, 1, [&](int64_t first, int64_t end) {
+    for (int64_t n = first; n < end; n++)
+      for (int64_t k = 0; k < width; k += kDepth)
+        pair_rows(from + n * kDepth * width + k, width, count - n * kDepth, kDepth,
+                  to + (k / kDepth * squares + n) * kSquare, kTileNumbers);
+  });
+  return laid_out;
+}
+
+// Two rows of 32 numbers, in two vectors each, as pairs: those of the first 16 columns and those of the others.
+inline std::pair<__m512i, __m512i> paired(Vec low_even, Vec high_even, Vec low_odd, Vec high_odd) {
+  alignas(64) static constexpr uint16_t kOrder[kDepth] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(kOrder);
+  return {_mm512_permutexvar_epi16(order, rounded(low_even, low_odd)),
+          _mm512_permutexvar_epi16(order, rounded(high_even, high_odd))};
+}
+
+// A square of sums the other way round, as rows of bfloat16 a stride apart, of which there may be fewer than 32.
+inline void round_turned(const float* sums, int64_t rows, BFloat16* to, int64_t stride) {
+  alignas(64) float turned[kTileSums];
+  for (int64_t tile = 0; tile < 4; tile++, sums += kTileSums) {
+    const int64_t first = tile % 2 * kTile;
+    at::vec::transpose_mxn<float, kTile, kTile>(sums, kTile, turned, kTile);
+    BFloat16* here = to + first * stride + tile / 2 * kTile;
+    for (int64_t i = 0; i < std::min(kTile, rows - first); i++, here += stride)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(here),
+                          (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(turned + i * kTile)));
+  }
 }
 
 #else

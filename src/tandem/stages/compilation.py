@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tandem.config import PpoConfig
 from tandem.errors import InputError
+from tandem.models.building import compiler
 from tandem.models.causal import CausalPolicy
 from tandem.models.compiling import CompiledLayers, CompiledPasses, KernelSampling
-from tandem.models.kernels import compiler
 from tandem.models.scoring import DecoderScorer
 from tandem.models.sharing import JointModels, RewardModel
 from tandem.models.source import positions
