@@ -105,10 +105,13 @@ def one_token_by_layer() -> None:
 
 
 def texts() -> None:
-    """Whole texts attend, and their heads are rotated: by compiled code, and by our operators."""
+    """Whole texts attend, and their heads are rotated: by compiled code or the fused kernel, and by our operators."""
 
     def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _in_products(query, key, value, None, 0.125)
+
+    def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     def by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend_texts(query, key, value, 0.125)
@@ -128,23 +131,20 @@ def texts() -> None:
             torch.autograd.grad(found, given[0], torch.ones_like(found))
 
     compiled = {way: torch.compile(way, dynamic=True) for way in (by_products, as_written)}
-    for rows, heads, key_heads, length, width in SHAPES[:4]:
+    for rows, heads, key_heads, length, width in [*SHAPES, (1, 9, 3, 4096, 64)]:
         query, key, value = (
             torch.randn(rows, length, count, width).bfloat16().transpose(1, 2).requires_grad_()
             for count in (heads, key_heads, key_heads)
         )
         angles = [torch.randn(rows, 1, length, width).bfloat16() for _ in range(2)]
+        before = compiled[by_products] if length <= 512 else fused
         for name, old, ours, given in [
-            ("attention", by_products, by_kernel, (query, key, value)),
-            ("rotation", as_written, turned, (query, *angles)),
+            (f"attention, before by {before.__name__}", before, by_kernel, (query, key, value)),
+            ("rotation, before compiled", compiled[as_written], turned, (query, *angles)),
         ]:
-            times = [
-                in_turn([partial(once, way, learns, given) for way in (compiled[old], ours)])
-                for learns in (False, True)
-            ]
-            said = ", ".join(f"compiled {before:.2f} and by our kernel {now:.2f}" for before, now in times)
-            each = f"{rows} texts, {heads} heads on {key_heads}, {length} tokens of {width}"
-            print(f"{name} of {each}, alone and with its gradient: {said}")
+            times = [in_turn([partial(once, way, learns, given) for way in (old, ours)]) for learns in (False, True)]
+            said = "; with its gradient ".join(f"{then:.2f}, by our kernel {now:.2f}" for then, now in times)
+            print(f"{rows} texts, {heads} heads on {key_heads}, {length} tokens of {width}: {name} {said}")
 
 
 @torch.no_grad()
