@@ -137,14 +137,15 @@ def texts() -> None:
             for count in (heads, key_heads, key_heads)
         )
         angles = [torch.randn(rows, 1, length, width).bfloat16() for _ in range(2)]
-        before = compiled[by_products] if length <= 512 else fused
+        said, before = ("compiled products", compiled[by_products]) if length <= 512 else ("fused kernel", fused)
         for name, old, ours, given in [
-            (f"attention, before by {before.__name__}", before, by_kernel, (query, key, value)),
-            ("rotation, before compiled", compiled[as_written], turned, (query, *angles)),
+            (f"attention, {said}", before, by_kernel, (query, key, value)),
+            ("rotation, compiled", compiled[as_written], turned, (query, *angles)),
         ]:
             times = [in_turn([partial(once, way, learns, given) for way in (old, ours)]) for learns in (False, True)]
-            said = "; with its gradient ".join(f"{then:.2f}, by our kernel {now:.2f}" for then, now in times)
-            print(f"{rows} texts, {heads} heads on {key_heads}, {length} tokens of {width}: {name} {said}")
+            alone, learnt = (f"{then:.2f}, by our kernel {now:.2f}" for then, now in times)
+            each = f"{rows} texts, {heads} heads on {key_heads}, {length} tokens of {width}"
+            print(f"{each}: {name} {alone}; with its gradient {learnt}")
 
 
 @torch.no_grad()

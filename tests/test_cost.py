@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import resources
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 from generators import make
 from tandem import algo
 from tandem.bench.arithmetic import joint_step_flops
+from tandem.bench.command import same_line
 from tandem.bench.counting import counting
 from tandem.bench.decoding import random_prompts
 from tandem.bench.growth import exponent
@@ -237,6 +239,18 @@ def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
     of_child, of_parent = map(float, said.split())
     assert 2**22 < of_child < 2**27
     assert of_parent > 2**28
+
+
+def test_what_is_timed_anew_fills_the_line_that_it_filled():
+    """Also where the bench times that work by other settings than it did."""
+    work = Workload("a model", "folder", 1, 2, 3, "float32")
+
+    def row(work: Workload) -> dict[str, Any]:
+        return {"kind": "joint step", "workload": json.loads(work.to_json())}
+
+    assert same_line(row(work), row(replace(work, tokens_per_microbatch=7)))
+    assert not same_line(row(work), row(replace(work, precision="bfloat16")))
+    assert not same_line(row(work), row(work) | {"kind": "decoding"})
 
 
 @pytest.mark.long

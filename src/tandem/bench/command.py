@@ -62,7 +62,7 @@ def run_bench(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     with Bench(pythons, settings.rounds, settings.steps, dtype, progress.say) as bench:
         for row in rows:
             found = bench.run(row)
-            record["rows"] = [other for other in record["rows"] if not same_work(other, found)] + [found]
+            record["rows"] = [other for other in record["rows"] if not same_line(other, found)] + [found]
             progress.say(line(found))
             write(record, settings.out)
     if settings.growth:
@@ -96,8 +96,13 @@ def earlier(out: Path | None, here: dict[str, Any]) -> dict[str, Any]:
     return {"machine": here, "rows": []}
 
 
-def same_work(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one["kind"] == other["kind"] and one["workload"] == other["workload"]
+def same_line(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both fill one line of the page, also where the settings of that line have changed since."""
+
+    def named(row: Mapping[str, Any]) -> tuple[str, str, str]:
+        return row["kind"], row["workload"]["name"], row["workload"]["precision"]
+
+    return named(one) == named(other)
 
 
 def chosen_rows(settings: BenchSettings, device: torch.device, threads: int, progress: Progress) -> list[Row]:

@@ -165,28 +165,32 @@ void multiply_rows(const BFloat16* rows, const BFloat16* across, const Attending
   store_square(sums);
 }
 
+// The sums of so many squares down the side of a product, with as many across.
+void multiply_squares(const BFloat16* down, const BFloat16* across, int64_t count, float* sums) {
+  clear_square();
+  for (int64_t k = 0; k < count * kSquare; k += kSquare)
+    add_to_square(down + k, 64, kTileNumbers, across + k, kTileNumbers);
+  store_square(sums);
+}
+
 // Which of 32 queries read a key: all, or in the square on the diagonal those that do not come before it.
-struct Reading32 {
+struct Reads {
   __mmask16 low = 0xffff, high = 0xffff;
-  Reading32(int64_t key, bool diagonal) {
+  Reads(int64_t key, bool diagonal) {
     if (!diagonal) return;
     const uint32_t from = ~0u << key;
     low = from & 0xffff, high = from >> kTile;
   }
 };
 
-inline const float* low_row(const float* sums, int64_t i) {
-  return sums + i / kTile * 2 * kTileSums + i % kTile * kTile;
-}
-
-// Of squares of scores over keys: their weights, as the side across of a product, up to a factor of each query's; and
-// the factors' bits, log2 of what would be the sum of 2^(scores in bits).
+// Of squares of scores over keys: their weights as the side across of a product, which are to be multiplied by each
+// query's `inverse`; and log2 of each query's sum of exponentials.
 void weigh(const float* scores, int64_t squares, float bits_a_score, BFloat16* weights, float* inverse, float* bits) {
   __m512 low_most = _mm512_set1_ps(-INFINITY), high_most = low_most;
   for (int64_t kb = 0; kb < squares; kb++)
     for (int64_t i = 0; i < kDepth; i++) {
       const float* row = low_row(scores + kb * kSquare, i);
-      const Reading32 reads(i, kb + 1 == squares);
+      const Reads reads(i, kb + 1 == squares);
       low_most = _mm512_mask_max_ps(low_most, reads.low, low_most, _mm512_load_ps(row));
       high_most = _mm512_mask_max_ps(high_most, reads.high, high_most, _mm512_load_ps(row + kTileSums));
     }
@@ -198,11 +202,11 @@ void weigh(const float* scores, int64_t squares, float bits_a_score, BFloat16* w
       Vec found[2][2];
       for (int64_t odd = 0; odd < 2; odd++) {
         const float* row = low_row(scores + kb * kSquare, i + odd);
-        const Reading32 reads(i + odd, kb + 1 == squares);
+        const Reads reads(i + odd, kb + 1 == squares);
         const auto weight = [&](__mmask16 read, const float* score, __m512 most) {
           return Vec(_mm512_maskz_mov_ps(read, power_of_two(Vec(_mm512_fmsub_ps(_mm512_load_ps(score), rate, most)))));
         };
-        found[odd][0] = weight(reads.low, row, low_bits),
+        found[odd][0] = weight(reads.low, row, low_bits);
         found[odd][1] = weight(reads.high, row + kTileSums, high_bits);
         low_sum = low_sum + found[odd][0], high_sum = high_sum + found[odd][1];
       }
@@ -215,22 +219,13 @@ void weigh(const float* scores, int64_t squares, float bits_a_score, BFloat16* w
   (Vec(low_bits) + low_sum.log2()).store(bits), (Vec(high_bits) + high_sum.log2()).store(bits + kTile);
 }
 
-// Sums [32 of the width, 32 queries] times the queries' factors, as rows; `columns` of the width are there.
-void write_columns(float* sums, const float* factors, int64_t rows, int64_t columns, BFloat16* to, int64_t stride) {
-  alignas(64) float turned[kTileSums];
-  for (int64_t tile = 0; tile < 4 && tile / 2 * kTile < columns; tile++) {
-    float* from = sums + tile * kTileSums;
-    const int64_t first = tile % 2 * kTile;
-    if (factors)
-      for (int64_t i = 0; i < kTile; i++)
-        _mm512_store_ps(from + i * kTile,
-                        _mm512_mul_ps(_mm512_load_ps(from + i * kTile), _mm512_loadu_ps(factors + first)));
-    at::vec::transpose_mxn<float, kTile, kTile>(from, kTile, turned, kTile);
-    BFloat16* here = to + first * stride + tile / 2 * kTile;
-    for (int64_t i = 0; i < std::min(kTile, rows - first); i++, here += stride)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(here),
-                          (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(turned + i * kTile)));
-  }
+// Sums [32 of the width, 32 queries] times a factor of each query's.
+void multiply_queries(float* sums, const float* factors) {
+  for (int64_t i = 0; i < kDepth; i++)
+    for (int64_t half = 0; half < 2; half++) {
+      float* row = low_row(sums, i) + half * kTileSums;
+      (Vec::loadu(row) * Vec::loadu(factors + half * kTile)).store(row);
+    }
 }
 
 // Sums [32 rows, 32 of the width] as rows.
@@ -271,13 +266,10 @@ std::tuple<Tensor, Tensor> attend_texts(const Tensor& query, const Tensor& key, 
                 bits + ((text * shape.heads + head) * squares + qb) * kDepth);
           BFloat16* there = to + ((text * shape.length + qb * kDepth) * shape.heads + head) * shape.width;
           for (int64_t d = 0; d < steps; d++) {
-            clear_square();
-            for (int64_t kb = 0; kb <= qb; kb++)
-              add_to_square(values + (d * squares + kb) * kSquare, 64, kTileNumbers, weights + kb * kSquare,
-                            kTileNumbers);
-            store_square(found);
-            write_columns(found, inverse, shape.rows_of(qb), shape.width - d * kDepth, there + d * kDepth,
-                          shape.heads * shape.width);
+            multiply_squares(values + d * squares * kSquare, weights, qb + 1, found);
+            multiply_queries(found, inverse);
+            round_turned(found, shape.rows_of(qb), shape.width - d * kDepth, there + d * kDepth,
+                         shape.heads * shape.width);
           }
         }
     }
@@ -310,7 +302,7 @@ void unweigh(const float* scores, const float* upstream, bool diagonal, const fl
     Vec slope[2][2];
     for (int64_t odd = 0; odd < 2; odd++) {
       const float *score = low_row(scores, i + odd), *given = low_row(upstream, i + odd);
-      const Reading32 reads(i + odd, diagonal);
+      const Reads reads(i + odd, diagonal);
       const auto half = [&](__mmask16 read, int64_t from, Vec bits_here, Vec common_here, Vec& found) {
         const Vec weight(_mm512_maskz_mov_ps(read, power_of_two(Vec::loadu(score + from) * rate - bits_here)));
         found = weight * (Vec::loadu(given + from) - common_here) * factor;
@@ -391,13 +383,9 @@ std::tuple<Tensor, Tensor, Tensor> attend_texts_gradients(const Tensor& upstream
           }
           BFloat16* there = to_query + ((text * shape.length + qb * kDepth) * shape.heads + head) * shape.width;
           for (int64_t d = 0; d < steps; d++) {
-            clear_square();
-            for (int64_t kb = 0; kb <= qb; kb++)
-              add_to_square(turned_keys + (d * squares + kb) * kSquare, 64, kTileNumbers, across + kb * kSquare,
-                            kTileNumbers);
-            store_square(scores);
-            write_columns(scores, nullptr, shape.rows_of(qb), shape.width - d * kDepth, there + d * kDepth,
-                          shape.heads * shape.width);
+            multiply_squares(turned_keys + d * squares * kSquare, across, qb + 1, scores);
+            round_turned(scores, shape.rows_of(qb), shape.width - d * kDepth, there + d * kDepth,
+                         shape.heads * shape.width);
           }
         }
         const bool begins = head == set * shape.group, ends = head + 1 == (set + 1) * shape.group;

@@ -283,7 +283,7 @@ Tensor head_states_gradient(const Tensor& logits, const Tensor& weight, const Te
       }
       for (int64_t square = 0; square < steps * squares; square++) {
         const int64_t row = (first + square % squares) * kDepth;
-        round_turned(sum + square * kSquare, count - row, out + row * width + square / squares * kDepth, width);
+        round_turned(sum + square * kSquare, count - row, kDepth, out + row * width + square / squares * kDepth, width);
       }
     }
   });

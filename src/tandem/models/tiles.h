@@ -149,9 +149,15 @@ inline Vec exp_of_difference(Vec x, Vec y_in_bits) {
   return power_of_two(Vec(_mm512_fmsub_ps(x, _mm512_set1_ps(kLog2E), y_in_bits)));
 }
 
-// Row `i` of 32 of a square's sums, rounded.
+// The first half of row `i` of 32 of a square's sums; the other one is a tile further.
+template <typename T>
+inline T* low_row(T* sums, int64_t i) {
+  return sums + i / kTile * 2 * kTileSums + i % kTile * kTile;
+}
+
+// Such a row, rounded.
 inline __m512i rounded_row(const float* sums, int64_t i) {
-  const float* left = sums + i / kTile * 2 * kTileSums + i % kTile * kTile;
+  const float* left = low_row(sums, i);
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(left + kTileSums), _mm512_load_ps(left));
 }
 
@@ -196,10 +202,10 @@ inline std::pair<__m512i, __m512i> paired(Vec low_even, Vec high_even, Vec low_o
           _mm512_permutexvar_epi16(order, rounded(high_even, high_odd))};
 }
 
-// A square of sums the other way round, as rows of bfloat16 a stride apart, of which there may be fewer than 32.
-inline void round_turned(const float* sums, int64_t rows, BFloat16* to, int64_t stride) {
+// A square of sums the other way round, as rows of bfloat16 a stride apart: at most 32, and of 16 or 32 columns.
+inline void round_turned(const float* sums, int64_t rows, int64_t columns, BFloat16* to, int64_t stride) {
   alignas(64) float turned[kTileSums];
-  for (int64_t tile = 0; tile < 4; tile++, sums += kTileSums) {
+  for (int64_t tile = 0; tile < 4 && tile / 2 * kTile < columns; tile++, sums += kTileSums) {
     const int64_t first = tile % 2 * kTile;
     at::vec::transpose_mxn<float, kTile, kTile>(sums, kTile, turned, kTile);
     BFloat16* here = to + first * stride + tile / 2 * kTile;
