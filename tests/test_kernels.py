@@ -17,6 +17,7 @@ from tandem.models.building import built_library, compiler
 from tandem.models.causal import FULL_DISTRIBUTION, CausalPolicy, SamplingRule
 from tandem.models.compiling import CompiledLayers, CompiledPasses, KernelSampling
 from tandem.models.head import head_logprobs
+from tandem.models.repeating import compile_graph
 from tandem.models.trunk import Trunk
 from tandem.types import whole_texts
 
@@ -295,6 +296,20 @@ def test_heads_are_rotated(width, dtype, angles_of):
     (gradient,) = torch.autograd.grad(found, heads, upstream)
     (of_exact,) = torch.autograd.grad(expected, exact, upstream.double())
     assert torch.allclose(gradient.double(), of_exact, **near)
+
+
+@pytest.mark.parametrize(("half", "by_angles", "names"), [(8, True, {"rotate"}), (4, True, set()), (8, False, set())])
+def test_a_rotation_is_found_in_what_is_compiled(half, by_angles, names):
+    """And what only looks like one is left as it is: parts that are no halves, numbers in the place of angles."""
+    heads, *angles = torch.randn(3, 2, 7, 16), torch.randn(1, 1, 7, 16), torch.randn(1, 1, 7, 16)
+
+    def rotated(heads, cos, sin):
+        turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
+        return heads * cos + turned * sin if by_angles else heads * 0.6 + turned * 0.8
+
+    compiled = torch.compile(rotated, backend=compile_graph)
+    assert torch.allclose(compiled(heads, *angles), rotated(heads, *angles), atol=1e-6)
+    assert called_by(lambda: compiled(heads, *angles)) == names
 
 
 def test_other_heads_are_rotated_as_before():

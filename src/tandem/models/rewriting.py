@@ -48,15 +48,16 @@ def _all_match(patterns: Sequence[Any], given: Sequence[Any], named: dict[str, A
     return all(_matches(pattern, one, named) for pattern, one in zip_longest(patterns, given))
 
 
-def _rotates(node: Node, heads: Node, cos: Node, sin: Node, above: Any, below: Any) -> bool:
+def _rotates(node: Node, heads: Any, cos: Any, sin: Any, above: Any, below: Any) -> bool:
     """Whether the two are the halves of each head, and the operator rotates such heads."""
-    half = _value(heads).shape[-1] // 2
+    turned, *given = (_like(one) for one in (node, heads, cos, sin))
+    if turned is None or not all(isinstance(one, Tensor) for one in given):
+        return False
+    half = turned.shape[-1] // 2
     halves = above == (Ellipsis, slice(half, None, None)) and below == (Ellipsis, slice(None, half, None))
-    in_shape = _value(node).shape == _value(heads).shape
-    return halves and in_shape and kernels.rotates(_value(heads), _value(cos), _value(sin))
+    return halves and turned.shape == given[0].shape and kernels.rotates(*given)
 
 
-def _value(node: Node) -> Tensor:
-    """A tensor like the one that will be there."""
-    found: Tensor = node.meta["example_value"]
-    return found
+def _like(node: Any) -> Any:
+    """A tensor like the one that will be there, where it is one."""
+    return node.meta.get("example_value") if isinstance(node, Node) else None
