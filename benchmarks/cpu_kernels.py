@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tandem.algo import Passes, Upstream, projected_logprobs, put_slope, sample, sums_over_rows
 from tandem.allocator import keep_memory
-from tandem.models.attention import _in_products, _one_token_in_sums, attend_on_cpu
+from tandem.models.attention import _LONGEST_IN_PRODUCTS, _in_products, _one_token_in_sums, attend_on_cpu
 from tandem.models.head import head_logprobs
 from tandem.models.kernels import attend_one, attend_texts, draw, load_kernels, packed_product, weight_gradients
 from tandem.models.packing import packed
@@ -137,7 +137,8 @@ def texts() -> None:
             for count in (heads, key_heads, key_heads)
         )
         angles = [torch.randn(rows, 1, length, width).bfloat16() for _ in range(2)]
-        said, before = ("compiled products", compiled[by_products]) if length <= 512 else ("fused kernel", fused)
+        short = length <= _LONGEST_IN_PRODUCTS
+        said, before = ("compiled products", compiled[by_products]) if short else ("fused kernel", fused)
         for name, old, ours, given in [
             (f"attention, {said}", before, by_kernel, (query, key, value)),
             ("rotation, compiled", compiled[as_written], turned, (query, *angles)),

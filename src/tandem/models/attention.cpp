@@ -210,10 +210,8 @@ void weigh(const float* scores, int64_t squares, float bits_a_score, BFloat16* w
         found[odd][1] = weight(reads.high, row + kTileSums, high_bits);
         low_sum = low_sum + found[odd][0], high_sum = high_sum + found[odd][1];
       }
-      const auto [left, right] = paired(found[0][0], found[0][1], found[1][0], found[1][1]);
-      BFloat16* to = weights + kb * kSquare + i / 2 * kDepth;
-      _mm512_storeu_si512(to, left);
-      _mm512_storeu_si512(to + kTileNumbers, right);
+      store_pairs(found[0][0], found[0][1], found[1][0], found[1][1], weights + kb * kSquare + i / 2 * kDepth,
+                  kTileNumbers);
     }
   (Vec(1.f) / low_sum).store(inverse), (Vec(1.f) / high_sum).store(inverse + kTile);
   (Vec(low_bits) + low_sum.log2()).store(bits), (Vec(high_bits) + high_sum.log2()).store(bits + kTile);
@@ -313,9 +311,7 @@ void unweigh(const float* scores, const float* upstream, bool diagonal, const fl
       _mm512_storeu_si512(weights + (i + odd) * kDepth, rounded(low_weight, high_weight));
       _mm512_storeu_si512(slopes + (i + odd) * kDepth, rounded(slope[odd][0], slope[odd][1]));
     }
-    const auto [left, right] = paired(slope[0][0], slope[0][1], slope[1][0], slope[1][1]);
-    _mm512_storeu_si512(across + i / 2 * kDepth, left);
-    _mm512_storeu_si512(across + kTileNumbers + i / 2 * kDepth, right);
+    store_pairs(slope[0][0], slope[0][1], slope[1][0], slope[1][1], across + i / 2 * kDepth, kTileNumbers);
   }
 }
 

@@ -209,9 +209,7 @@ struct WovenSlopes {
     const auto [low_even, high_even] = slopes.of(from, (first + n) * kDepth);
     const auto [low_odd, high_odd] = slopes.of(from + kDepth, (first + n) * kDepth);
     BFloat16* here = to + (2 * n * tokens + token) * kTileNumbers + pair * kDepth;
-    const auto [low_pairs, high_pairs] = paired(low_even, high_even, low_odd, high_odd);
-    _mm512_store_si512(here, low_pairs);
-    _mm512_store_si512(here + tokens * kTileNumbers, high_pairs);
+    store_pairs(low_even, high_even, low_odd, high_odd, here, tokens * kTileNumbers);
   }
 
   void put_targets(int64_t group, int64_t tokens, BFloat16* to) const {

@@ -38,7 +38,7 @@ def load_kernels() -> None:
     torch.ops.load_library(built_library())
     _has_matrix_units = torch.ops.tandem_cpu.has_matrix_units()
     torch.library.register_fake("tandem_cpu::multiply_packed", _shape_of_product)
-    torch.library.register_fake("tandem_cpu::attend_one", _shape_of_attention)
+    torch.library.register_fake("tandem_cpu::attend_one", _shape_of_one_token)
     torch.library.register_fake("tandem_cpu::weight_gradients", _shapes_of_gradients)
     torch.library.register_fake("tandem_cpu::rotate", _shape_of_rotated)
     torch.library.register_autograd("tandem_cpu::rotate", _back_from_rotated, setup_context=_keep_for_rotation)
@@ -192,7 +192,7 @@ def _shapes_of_gradients(upstream: Sequence[Tensor], rows: Tensor) -> list[Tenso
     return [rows.new_empty(gradient.shape[1], rows.shape[1]) for gradient in upstream]
 
 
-def _shape_of_attention(query: Tensor, _: Tensor, value: Tensor, *__: Any) -> Tensor:
+def _shape_of_one_token(query: Tensor, _: Tensor, value: Tensor, *__: Any) -> Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
 
 

@@ -193,13 +193,14 @@ inline Tensor lay_across(const Tensor& matrix) {
   return laid_out;
 }
 
-// Two rows of 32 numbers, in two vectors each, as pairs: those of the first 16 columns and those of the others.
-inline std::pair<__m512i, __m512i> paired(Vec low_even, Vec high_even, Vec low_odd, Vec high_odd) {
+// Two rows of 32 numbers, in two vectors each, as pairs: those of the first 16 columns, and those of the others `next`
+// behind them.
+inline void store_pairs(Vec low_even, Vec high_even, Vec low_odd, Vec high_odd, BFloat16* to, int64_t next) {
   alignas(64) static constexpr uint16_t kOrder[kDepth] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i order = _mm512_load_si512(kOrder);
-  return {_mm512_permutexvar_epi16(order, rounded(low_even, low_odd)),
-          _mm512_permutexvar_epi16(order, rounded(high_even, high_odd))};
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, rounded(low_even, low_odd)));
+  _mm512_storeu_si512(to + next, _mm512_permutexvar_epi16(order, rounded(high_even, high_odd)));
 }
 
 // A square of sums the other way round, as rows of bfloat16 a stride apart: at most 32, and of 16 or 32 columns.
