@@ -86,12 +86,14 @@ def test_a_step_computes_nothing_twice(workload, whole_reward):
 
 
 def test_adapters_share_what_lies_below_them(workload, wide, tmp_path):
+    """Below them sampling alone reads every token, the last one of each response too, and an eighth of the rows is run
+    for the comparison."""
     adapters = AdapterSection(upper_layers=1)
     reward = make_reward_model(str(wide), tmp_path / "reward", adapters)
     counts = counts_of_a_step(replace(workload, sharing="adapters", upper_layers=1), str(reward))
     read, tried = SEQUENCES * LENGTH, SEQUENCES // 8 * LENGTH
     sampled = LAYERS * SEQUENCES * (PROMPT + RESPONSE - 1)
-    below = (LAYERS - 1) * read
+    below = (LAYERS - 1) * (SEQUENCES + tried)
     rewarded = SEQUENCES * LENGTH
     assert counts.layer_positions == sampled + below + rewarded + 2 * read + tried + 2 * 2 * read
 
@@ -330,7 +332,7 @@ def test_the_arithmetic_is_that_of_the_layers(workload, wide):
     trunk, head = 2 * size.trunk * read + attention, 2 * size.head * answered
     assert joint_step_flops(size, workload) == trunk + head + (3 * trunk + head) + 2 * (6 * trunk + 3 * head)
     one_trunk = replace(workload, sharing="adapters", upper_layers=1)
-    shared = trunk * 3 / 4 + 3 * trunk / 4 + head
+    shared = 3 * trunk / 4 + head
     assert joint_step_flops(size, one_trunk) == trunk + head + shared + 2 * (4 * trunk / 4 + 2 * head)
 
 
@@ -342,3 +344,4 @@ def test_nothing_is_kept_of_a_step_once_it_is_measured(workload, wide, tmp_path)
     trajectories = stage.evaluate(rollouts, stage.score(rollouts))
     assert trajectories.tokens.activations is not None
     assert not stage.models.policy.trunk._lower_of
+    assert not stage.models.policy.trunk._sampled

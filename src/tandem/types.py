@@ -20,6 +20,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+TRIED_SHARE = 8
+"""One in so many rows, the longest, is run once more to see whether what sampling said of all can stand."""
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -33,14 +33,12 @@ def learning_flops(size: ModelSize, workload: Workload) -> float:
 def joint_step_flops(size: ModelSize, workload: Workload) -> float:
     """The least that a joint step multiplies where nothing is computed twice.
 
-    Sampling; reward, reference and value forward; then what is learnt. Layers below the adapters run once more after
-    sampling, for all models.
+    Sampling; reward, reference and value forward, where one trunk is shared in the layers that carry adapters only;
+    then what is learnt.
     """
     trunk, head = _trunk(size, workload), head_flops(size, workload.response_total)
-    upper = trunk * adapted_share(size, workload.upper_layers)
-    measuring = (trunk - upper) + 3 * upper + head
-    if workload.sharing == "separate":
-        measuring = 3 * trunk + head
+    measured = trunk if workload.sharing == "separate" else trunk * adapted_share(size, workload.upper_layers)
+    measuring = 3 * measured + head
     return decoding_flops(size, workload) + measuring + learning_flops(size, workload)
 
 

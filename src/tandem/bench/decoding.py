@@ -18,7 +18,7 @@ from tandem.models.compiling import CompiledLayers, KernelSampling
 from tandem.models.loading import load_causal, load_tokenizer, pick_dtype
 from tandem.models.trunk import Trunk
 from tandem.rollout import TorchGenerator
-from tandem.rollout.torch_generator import NextToken
+from tandem.rollout.next_token import NextToken
 from tandem.run.machine import machine_record
 from tandem.text import decoder
 from tandem.types import Prompt

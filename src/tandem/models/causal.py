@@ -57,6 +57,11 @@ class CausalPolicy:
     def device(self) -> torch.device:
         return self.trunk.device
 
+    @property
+    def below(self) -> Trunk | None:
+        """The trunk, where other models share what its lower layers make of a text."""
+        return self.trunk if self.trunk.shares_below(self.adapter) else None
+
     def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
         """Move tokens to the model, with the activations that all its passes over them can share."""
         return self.trunk.prepare(tokens, tokens_per_microbatch)

@@ -8,7 +8,7 @@ runs it once and `hidden` starts from its activations.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,17 +18,18 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tandem.config import AdapterSection
 from tandem.errors import InputError
 from tandem.models.attention import attend_by_device
 from tandem.models.shards import gathered, shard, whole_tensor
-from tandem.types import Tokens, split_by_tokens, whole_texts
+from tandem.types import TRIED_SHARE, Tokens, split_by_tokens, whole_texts
 from tandem.world import world
 
 Found = TypeVar("Found")
+Text = tuple[int, ...]
 
 
 class Trunk:
@@ -47,7 +48,8 @@ class Trunk:
         )
         self._first_layers: dict[str, int] = {}
         self._cut = 0
-        self._lower_of: dict[tuple[int, ...], Tensor] = {}
+        self._lower_of: dict[Text, Tensor] = {}
+        self._sampled: dict[Text, Tensor] = {}
         self._linear_names = self._linear_layers()
         self._using: str | None = None
         if world().checkpointing:
@@ -204,33 +206,87 @@ class Trunk:
     def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
         """The tokens with the activations of the shared lower layers, if there are such layers.
 
-        Texts that were run since `forget`, with or without their last token, are not run again: what a causal model
-        computes of a text does not depend on what follows.
+        Texts that were run since `forget`, or sampled (`keep`), are not run again, with or without their last token:
+        what a causal model computes of a text does not depend on what follows.
         """
         tokens = tokens.to(self.device)
         if self._cut == 0:
             return tokens
         texts = [tuple(row[:length]) for row, length in zip(tokens.ids.tolist(), tokens.lengths.tolist(), strict=True)]
-        new = torch.tensor(
-            [number for number, text in enumerate(texts) if text not in self._lower_of], dtype=torch.int64
+        self._take_sampled(tokens, texts, tokens_per_microbatch)
+        self._read(
+            tokens, texts, [row for row, text in enumerate(texts) if text not in self._lower_of], tokens_per_microbatch
         )
-        for group in split_by_tokens(tokens.lengths.cpu()[new], tokens_per_microbatch):
-            rows = new[group]
-            for row, lower in zip(rows.tolist(), self._lower(tokens.select(rows).ids), strict=True):
-                self._lower_of |= {texts[row]: lower, texts[row][:-1]: lower}
         found = [self._lower_of[text][: len(text)] for text in texts]
         return replace(tokens, activations=torch.nn.utils.rnn.pad_sequence(found, batch_first=True))
 
     def forget(self) -> None:
-        """Let the next `prepare` run all that it is given: a step must not depend on what was read before it."""
+        """Let the next `prepare` run all that it is given: a step must not depend on what was read before it.
+
+        What was sampled and not asked for since is still there.
+        """
         self._lower_of = {}
 
-    def _lower(self, ids: Tensor) -> Tensor:
+    def keep(self, texts: Sequence[Text], lower: Sequence[Tensor]) -> None:
+        """What the shared lower layers made of whole texts while they were sampled, [L, H] each, for `prepare`."""
+        self._sampled = {key: read for text, of in zip(texts, lower, strict=True) for key, read in _by_text(text, of)}
+
+    def _take_sampled(self, tokens: Tokens, texts: Sequence[Text], tokens_per_microbatch: int) -> None:
+        """Let what was kept from sampling stand, if any of these texts was sampled.
+
+        An eighth of those, the longest, is run all the same. Where that differs by more than rounding, nothing stands.
+        """
+        rows = [row for row, text in enumerate(texts) if text in self._sampled and text not in self._lower_of]
+        if not rows:
+            return
+        longest_first = sorted(rows, key=lambda row: len(texts[row]), reverse=True)
+        tried = longest_first[: -(-len(rows) // TRIED_SHARE)]
+        self._read(tokens, texts, tried, tokens_per_microbatch)
+        if all(_agree(self._sampled[texts[row]], self._lower_of[texts[row]]) for row in tried):
+            self._lower_of = self._sampled | self._lower_of
+        self._sampled = {}
+
+    def _read(self, tokens: Tokens, texts: Sequence[Text], rows: Sequence[int], tokens_per_microbatch: int) -> None:
+        """Run the shared lower layers over some of the texts, and hold what they make of them."""
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        for group in split_by_tokens(tokens.lengths.cpu()[chosen], tokens_per_microbatch):
+            together = chosen[group]
+            for row, lower in zip(together.tolist(), self.lower(tokens.select(together).ids), strict=True):
+                self._lower_of.update(_by_text(texts[row], lower))
+
+    @torch.no_grad()
+    def lower(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """[B, S, H] of the shared lower layers for ids [B, S], after what is in the cache, which grows in these."""
         caught = _Catch()
         with self.using(None), self._blocks_replaced(lower_into=caught):
-            self.decoder(input_ids=ids, use_cache=False)
-        assert caught.hidden is not None
-        return caught.hidden
+            self.decoder(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return caught.last()
+
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[], Tensor]]:
+        """Within it, what says what the shared lower layers made of all ids of the decoder's last pass: [B, S, H]."""
+        caught = _Catch()
+
+        def look(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            caught(*inputs, **named)
+
+        hook = self._blocks[self._cut].register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield caught.last
+        finally:
+            hook.remove()
 
     @contextmanager
     def _blocks_replaced(self, upper_from: Tensor | None = None, lower_into: _Catch | None = None) -> Iterator[None]:
@@ -316,11 +372,27 @@ class _Catch(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden: Tensor | None = None
+        self._hidden: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        self.hidden = hidden_states
+        self._hidden = hidden_states
         return hidden_states
+
+    def last(self) -> Tensor:
+        assert self._hidden is not None
+        return self._hidden
+
+
+def _by_text(text: Text, lower: Tensor) -> list[tuple[Text, Tensor]]:
+    """What was made of a text, and of it without its last token, which is a part of that."""
+    return [(text, lower), (text[:-1], lower)]
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether activations [L, H] are the same at each token, but for as much as rounding does in many layers."""
+    rounding = max(1e-3, 16 * torch.finfo(found.dtype).eps)
+    found, expected = found[: len(expected)].float(), expected[: len(found)].float()
+    return bool(((found - expected).norm(dim=1) <= rounding * expected.norm(dim=1)).all())
 
 
 def _blocks_of(decoder: nn.Module, count: int) -> tuple[nn.Module, str, nn.ModuleList]:

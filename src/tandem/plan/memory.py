@@ -49,7 +49,8 @@ def memory_of(demand: Demand, layout: Layout) -> Memory:
     }
     if layout.cluster is None:
         weights = layers if samples_by_layer(demand, layout) else _whole_while_sampling(demand, layout)
-        by_phase["rollout"] = with_reserve(sampling_bytes(demand, layout), layout.device) | weights
+        kept = {"shared activations": 2 * _shared_activations(demand, layout) if keeps_below(layout) else 0.0}
+        by_phase["rollout"] = with_reserve(sampling_bytes(demand, layout) | kept, layout.device) | weights
     state = _state_copies(demand, layout)
     staying = {**_weights_and_state(demand, layout), "libraries": layout.device.runtime_gib * 2**30}
     if not layout.device.is_gpu:
@@ -182,6 +183,11 @@ def _shared_activations(demand: Demand, layout: Layout) -> float:
 def shares_below(demand: Demand, layout: Layout) -> bool:
     """Whether the layers below the adapters run once for all models, which they do in one process."""
     return demand.has_lower_layers and layout.gpus == 1
+
+
+def keeps_below(layout: Layout) -> bool:
+    """Whether it is the policy itself that samples, so that what its lower layers make of a text can be kept."""
+    return layout.generator == "torch" and layout.generator_copy == "never" and layout.cluster is None
 
 
 def _update(demand: Demand, layout: Layout) -> dict[str, float]:

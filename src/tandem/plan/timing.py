@@ -8,9 +8,10 @@ from tandem.plan.arithmetic import adapted_share
 from tandem.plan.cost import Cost, added
 from tandem.plan.demand import Demand
 from tandem.plan.layout import Layout
-from tandem.plan.memory import LOGITS_PER_CHUNK, microbatch_tokens, optimiser_shard, shares_below
+from tandem.plan.memory import LOGITS_PER_CHUNK, keeps_below, microbatch_tokens, optimiser_shard, shares_below
 from tandem.plan.model_size import ModelSize
 from tandem.plan.passes import on_vocabulary, sequences_of_one, through_layers, with_gathering
+from tandem.types import TRIED_SHARE
 
 # Passes over an array of logits to read log-probabilities of, and to learn from.
 READING_PASSES, LEARNING_PASSES = 4, 10
@@ -33,18 +34,22 @@ def score(demand: Demand, layout: Layout) -> Cost:
 
 
 def read_below(demand: Demand, layout: Layout) -> Cost:
-    """The lower layers that all models share, read once for a step's sequences, where there are such layers."""
+    """The lower layers that all models share, read once for a step's sequences, where there are such layers.
+
+    That is for an eighth of them where sampling has read all.
+    """
     if not shares_below(demand, layout):
         return Cost()
     sequences, share = sequences_of_one(demand, layout), 1 - adapted_share(demand.policy, demand.upper_layers)
-    return through_layers(demand, layout, demand.policy, sequences, demand.sequences, share)
+    again = _tried(sequences) if keeps_below(layout) else sequences
+    return through_layers(demand, layout, demand.policy, again, demand.sequences, share)
 
 
 def evaluate(demand: Demand, layout: Layout) -> Cost:
     """Value model, reference, and the policy: all its rows, or an eighth where the sampler's numbers can stand."""
     sequences, size = sequences_of_one(demand, layout), demand.policy
     upper = adapted_share(size, demand.upper_layers) if shares_below(demand, layout) else 1.0
-    again = sequences if demand.recompute else math.ceil(sequences / 8)
+    again = sequences if demand.recompute else _tried(sequences)
     rank = demand.rank or 0
 
     def read(model: ModelSize, rows: int, rank: int) -> Cost:
@@ -55,6 +60,10 @@ def evaluate(demand: Demand, layout: Layout) -> Cost:
     return added(
         [read(size, sequences, 0), read(size, again, rank), read(demand.value or size, sequences, rank), heads]
     )
+
+
+def _tried(sequences: int) -> int:
+    return math.ceil(sequences / TRIED_SHARE)
 
 
 def update(demand: Demand, layout: Layout) -> Cost:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.rollout.torch_generator import NextToken
+from tandem.rollout.next_token import NextToken
 from tandem.world import world
 
 
@@ -29,6 +29,10 @@ class InStep:
     @property
     def device(self) -> torch.device:
         return self._policy.device
+
+    @property
+    def below(self) -> None:
+        """Nothing: several processes share no activations."""
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

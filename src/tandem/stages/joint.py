@@ -14,11 +14,10 @@ from torch import Tensor
 
 from tandem import algo
 from tandem.config import AdvantageSection, KlSection
-from tandem.types import Batch, Rollout, Scores, Tokens, Trajectories, pad_tokens
+from tandem.types import TRIED_SHARE, Batch, Rollout, Scores, Tokens, Trajectories, pad_tokens
 from tandem.world import world
 
 SAME_LOGPROB = 1e-4
-TRIED_SHARE = 8
 
 
 class Policy(Protocol):
