@@ -343,5 +343,5 @@ def test_nothing_is_kept_of_a_step_once_it_is_measured(workload, wide, tmp_path)
     rollouts = stage.generator.generate(random_prompts(stage.tokenizer, workload, 0))
     trajectories = stage.evaluate(rollouts, stage.score(rollouts))
     assert trajectories.tokens.activations is not None
-    assert not stage.models.policy.trunk._lower_of
-    assert not stage.models.policy.trunk._sampled
+    assert not stage.models.policy.trunk._activations._held
+    assert not stage.models.policy.trunk._activations._sampled

@@ -89,7 +89,7 @@ def test_it_does_not_stand_where_a_pass_says_otherwise(tiny, where):
     policy = policy_of(tiny())
     rollouts = sampled(policy)
     longest = max(rollouts, key=lambda rollout: len(rollout.prompt.ids + rollout.ids))
-    kept = policy.trunk._sampled[longest.prompt.ids + longest.ids]
+    kept = policy.trunk._activations._sampled[longest.prompt.ids + longest.ids]
     kept[0 if where == "the first token" else -1] *= 1.01
     found = of_texts(policy.prepare(tokens_of(rollouts), 10**6))
     assert torch.equal(found, anew(policy, rollouts))
@@ -99,10 +99,10 @@ def test_what_was_sampled_before_is_not_held(tiny):
     policy = policy_of(tiny())
     sampled(policy)
     rollouts = sampled(policy, seed=1)
-    assert set(policy.trunk._sampled) == {
+    assert set(policy.trunk._activations._sampled) == {
         text[:end] for rollout in rollouts for text in [rollout.prompt.ids + rollout.ids] for end in (-1, len(text))
     }
     policy.prepare(tokens_of(rollouts), 10**6)
     policy.trunk.forget()
-    assert not policy.trunk._sampled
-    assert not policy.trunk._lower_of
+    assert not policy.trunk._activations._sampled
+    assert not policy.trunk._activations._held

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -23,13 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from tandem.config import AdapterSection
 from tandem.errors import InputError
+from tandem.models.activations import Activations
 from tandem.models.attention import attend_by_device
 from tandem.models.shards import gathered, shard, whole_tensor
-from tandem.types import TRIED_SHARE, Tokens, split_by_tokens, whole_texts
+from tandem.types import Tokens, whole_texts
 from tandem.world import world
 
 Found = TypeVar("Found")
-Text = tuple[int, ...]
 
 
 class Trunk:
@@ -48,8 +47,7 @@ class Trunk:
         )
         self._first_layers: dict[str, int] = {}
         self._cut = 0
-        self._lower_of: dict[Text, Tensor] = {}
-        self._sampled: dict[Text, Tensor] = {}
+        self._activations = Activations(self.lower)
         self._linear_names = self._linear_layers()
         self._using: str | None = None
         if world().checkpointing:
@@ -212,47 +210,15 @@ class Trunk:
         tokens = tokens.to(self.device)
         if self._cut == 0:
             return tokens
-        texts = [tuple(row[:length]) for row, length in zip(tokens.ids.tolist(), tokens.lengths.tolist(), strict=True)]
-        self._take_sampled(tokens, texts, tokens_per_microbatch)
-        self._read(
-            tokens, texts, [row for row, text in enumerate(texts) if text not in self._lower_of], tokens_per_microbatch
-        )
-        found = [self._lower_of[text][: len(text)] for text in texts]
-        return replace(tokens, activations=torch.nn.utils.rnn.pad_sequence(found, batch_first=True))
+        return self._activations.given(tokens, tokens_per_microbatch)
 
     def forget(self) -> None:
-        """Let the next `prepare` run all that it is given: a step must not depend on what was read before it.
+        """Let the next `prepare` run all that it is given, but what was sampled: see `Activations.forget`."""
+        self._activations.forget()
 
-        What was sampled and not asked for since is still there.
-        """
-        self._lower_of = {}
-
-    def keep(self, texts: Sequence[Text], lower: Sequence[Tensor]) -> None:
+    def keep(self, texts: Sequence[Sequence[int]], lower: Sequence[Tensor]) -> None:
         """What the shared lower layers made of whole texts while they were sampled, [L, H] each, for `prepare`."""
-        self._sampled = {key: read for text, of in zip(texts, lower, strict=True) for key, read in _by_text(text, of)}
-
-    def _take_sampled(self, tokens: Tokens, texts: Sequence[Text], tokens_per_microbatch: int) -> None:
-        """Let what was kept from sampling stand, if any of these texts was sampled.
-
-        An eighth of those, the longest, is run all the same. Where that differs by more than rounding, nothing stands.
-        """
-        rows = [row for row, text in enumerate(texts) if text in self._sampled and text not in self._lower_of]
-        if not rows:
-            return
-        longest_first = sorted(rows, key=lambda row: len(texts[row]), reverse=True)
-        tried = longest_first[: -(-len(rows) // TRIED_SHARE)]
-        self._read(tokens, texts, tried, tokens_per_microbatch)
-        if all(_agree(self._sampled[texts[row]], self._lower_of[texts[row]]) for row in tried):
-            self._lower_of = self._sampled | self._lower_of
-        self._sampled = {}
-
-    def _read(self, tokens: Tokens, texts: Sequence[Text], rows: Sequence[int], tokens_per_microbatch: int) -> None:
-        """Run the shared lower layers over some of the texts, and hold what they make of them."""
-        chosen = torch.tensor(rows, dtype=torch.int64)
-        for group in split_by_tokens(tokens.lengths.cpu()[chosen], tokens_per_microbatch):
-            together = chosen[group]
-            for row, lower in zip(together.tolist(), self.lower(tokens.select(together).ids), strict=True):
-                self._lower_of.update(_by_text(texts[row], lower))
+        self._activations.keep(texts, lower)
 
     @torch.no_grad()
     def lower(
@@ -381,18 +347,6 @@ class _Catch(nn.Module):
     def last(self) -> Tensor:
         assert self._hidden is not None
         return self._hidden
-
-
-def _by_text(text: Text, lower: Tensor) -> list[tuple[Text, Tensor]]:
-    """What was made of a text, and of it without its last token, which is a part of that."""
-    return [(text, lower), (text[:-1], lower)]
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether activations [L, H] are the same at each token, but for as much as rounding does in many layers."""
-    rounding = max(1e-3, 16 * torch.finfo(found.dtype).eps)
-    found, expected = found[: len(expected)].float(), expected[: len(found)].float()
-    return bool(((found - expected).norm(dim=1) <= rounding * expected.norm(dim=1)).all())
 
 
 def _blocks_of(decoder: nn.Module, count: int) -> tuple[nn.Module, str, nn.ModuleList]:
