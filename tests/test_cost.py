@@ -185,6 +185,16 @@ def test_what_sampling_said_is_dropped_where_it_does_not(tiny):
     assert torch.allclose(auto.logprobs, always.logprobs, atol=1e-6)
 
 
+@pytest.mark.parametrize(("precision", "again"), [("float32", 2), ("bfloat16", SEQUENCES)])
+def test_half_precision_is_run_again_without_a_trial(workload, whole_reward, precision, again):
+    stage, _ = stage_of(replace(workload, precision=precision), whole_reward)
+    rows, logprobs = [], stage.models.policy.logprobs
+    stage.models.policy.logprobs = lambda tokens: rows.append(len(tokens)) or logprobs(tokens)
+    rollouts = stage.generator.generate(random_prompts(stage.tokenizer, workload, 0))
+    stage.evaluate(rollouts, stage.score(rollouts))
+    assert rows == [again]
+
+
 def test_a_second_backward_pass_is_the_first_again():
     torch.manual_seed(0)
     states, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)

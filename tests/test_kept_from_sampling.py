@@ -83,6 +83,20 @@ def test_it_stands_for_a_text_without_its_last_token(tiny):
     assert torch.allclose(found, of_texts(policy.prepare(shorter, 10**6)), atol=1e-4)
 
 
+def test_what_is_expected_is_read_together_with_what_is_asked_for(tiny):
+    """One pass for a text that was not sampled, an eighth of those that were, and no pass for those afterwards."""
+    policy, passes = policy_of(tiny()), []
+    rollouts = sampled(policy)
+    policy.trunk.layers[0].register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].shape[0]))
+    policy.trunk.forget()
+    policy.trunk.expect([rollout.prompt.ids + rollout.ids for rollout in rollouts])
+    policy.prepare(whole_texts([[9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9]]), 10**6)
+    assert passes == [3]
+    found = of_texts(policy.prepare(tokens_of(rollouts), 10**6))
+    assert passes == [3]
+    assert torch.allclose(found, anew(policy, rollouts), atol=1e-4)
+
+
 @pytest.mark.parametrize("where", ["the first token", "the last token"])
 def test_it_does_not_stand_where_a_pass_says_otherwise(tiny, where):
     """As where an architecture computes something else from its cache: one token of one of the longest is enough."""

@@ -437,7 +437,7 @@ class RolloutSection(SamplingSection):
         "auto",
         description="auto: the log-probabilities of sampling are the policy's before the update, where an eighth of a "
         "step's rows agrees to 1e-4 nats with a forward of its own; always: that forward is run over all of them; so "
-        "it is in any case where generator is vllm or staleness is 1",
+        "it is in any case where generator is vllm, staleness is 1, or precision is less than float32",
     )
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tandem.types import TRIED_SHARE, Tokens, split_by_tokens
+from tandem.types import TRIED_SHARE, Tokens, split_by_tokens, whole_texts
 
 Text = tuple[int, ...]
 
@@ -23,49 +23,57 @@ class Activations:
         self._lower = lower
         self._held: dict[Text, Tensor] = {}
         self._sampled: dict[Text, Tensor] = {}
+        self._expected: list[Text] = []
 
     def given(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
         """The tokens with their activations. Only texts that were neither run since `forget` nor sampled are run."""
         texts = [tuple(row[:length]) for row, length in zip(tokens.ids.tolist(), tokens.lengths.tolist(), strict=True)]
-        self._take_sampled(tokens, texts, tokens_per_microbatch)
-        new = [row for row, text in enumerate(texts) if text not in self._held]
-        self._run(tokens, texts, new, tokens_per_microbatch)
+        self._read([*self._expected, *texts], tokens_per_microbatch)
         found = [self._held[text] for text in texts]
         return replace(tokens, activations=torch.nn.utils.rnn.pad_sequence(found, batch_first=True))
+
+    def expect(self, texts: Sequence[Sequence[int]]) -> None:
+        """What will be asked for: whoever asks next has it read with their own texts, all together."""
+        self._expected = [tuple(text) for text in texts]
 
     def forget(self) -> None:
         """Hold nothing of what was run or taken: a step must not depend on what was read before it.
 
         What was sampled and not asked for since is still there.
         """
-        self._held = {}
+        self._held, self._expected = {}, []
 
     def keep(self, texts: Sequence[Sequence[int]], lower: Sequence[Tensor]) -> None:
         """What the layers made of whole texts while they were sampled, [L, H] each, in place of all sampled before."""
         pairs = zip(texts, lower, strict=True)
         self._sampled = {key: made for text, of in pairs for key, made in _by_text(tuple(text), of)}
 
-    def _take_sampled(self, tokens: Tokens, texts: Sequence[Text], tokens_per_microbatch: int) -> None:
-        """Let what was kept from sampling stand, if any of these texts was sampled.
+    def _read(self, texts: Sequence[Text], tokens_per_microbatch: int) -> None:
+        """Hold what the layers make of the texts, where what was kept from sampling may stand.
 
-        An eighth of those, the longest, is run all the same. Where that differs by more than rounding, nothing stands.
+        Of texts that were sampled an eighth, the longest, is run all the same. Where that differs by more than
+        rounding, nothing of what was kept stands.
         """
-        rows = [row for row, text in enumerate(texts) if text in self._sampled and text not in self._held]
-        if not rows:
-            return
-        longest_first = sorted(rows, key=lambda row: len(texts[row]), reverse=True)
-        tried = longest_first[: -(-len(rows) // TRIED_SHARE)]
-        self._run(tokens, texts, tried, tokens_per_microbatch)
-        if all(_agree(self._sampled[texts[row]], self._held[texts[row]]) for row in tried):
+        new = dict.fromkeys(text for text in texts if text not in self._held)
+        within = {text[:-1] for text in new}
+        sampled = [text for text in new if text in self._sampled and text not in within]
+        tried = sorted(sampled, key=len, reverse=True)[: -(-len(sampled) // TRIED_SHARE)]
+        others = [text for text in new if text not in self._sampled and text not in within]
+        self._run([*tried, *others], tokens_per_microbatch)
+        if all(_agree(self._sampled[text], self._held[text]) for text in tried):
             self._held = self._sampled | self._held
-        self._sampled = {}
+        else:
+            self._run([text for text in sampled if text not in self._held], tokens_per_microbatch)
+        if sampled:
+            self._sampled = {}
+        self._expected = []
 
-    def _run(self, tokens: Tokens, texts: Sequence[Text], rows: Sequence[int], tokens_per_microbatch: int) -> None:
-        """Run the layers over some of the texts."""
-        chosen = torch.tensor(rows, dtype=torch.int64)
-        for group in split_by_tokens(tokens.lengths.cpu()[chosen], tokens_per_microbatch):
-            together = chosen[group]
-            for row, made in zip(together.tolist(), self._lower(tokens.select(together).ids), strict=True):
+    def _run(self, texts: Sequence[Text], tokens_per_microbatch: int) -> None:
+        if not texts:
+            return
+        tokens = whole_texts(texts)
+        for rows in split_by_tokens(tokens.lengths, tokens_per_microbatch):
+            for row, made in zip(rows.tolist(), self._lower(tokens.select(rows).ids), strict=True):
                 self._held.update(_by_text(texts[row], made))
 
 

@@ -47,7 +47,7 @@ class Trunk:
         )
         self._first_layers: dict[str, int] = {}
         self._cut = 0
-        self._activations = Activations(self.lower)
+        self._activations = Activations(lambda ids: self.lower(ids.to(self.device)))
         self._linear_names = self._linear_layers()
         self._using: str | None = None
         if world().checkpointing:
@@ -215,6 +215,10 @@ class Trunk:
     def forget(self) -> None:
         """Let the next `prepare` run all that it is given, but what was sampled: see `Activations.forget`."""
         self._activations.forget()
+
+    def expect(self, texts: Sequence[Sequence[int]]) -> None:
+        """What will be prepared: the next `prepare` runs it with its own texts, all together."""
+        self._activations.expect(texts)
 
     def keep(self, texts: Sequence[Sequence[int]], lower: Sequence[Tensor]) -> None:
         """What the shared lower layers made of whole texts while they were sampled, [L, H] each, for `prepare`."""

@@ -28,7 +28,7 @@ from tandem.rollout import Generator, VllmEngine, VllmGenerator
 from tandem.rollout.vllm_generator import check_installed
 from tandem.run import Progress, RunFolder
 from tandem.stages.compilation import compile_models, compiles
-from tandem.stages.joint import evaluate, tokens_of
+from tandem.stages.joint import evaluate
 from tandem.stages.sampling import make_engine, make_generator, send_weights
 from tandem.stages.scoring import refused_before_training
 from tandem.stages.together import by_first
@@ -102,11 +102,10 @@ class JointStage:
         self.models.value.scale, self.models.value.shift = scale, shift
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """What the reward says. What the models share of reading these rollouts is read before, once for all."""
-        policy = self.models.policy
-        if policy.trunk.shares_below(policy.adapter):
-            policy.trunk.forget()
-            policy.prepare(tokens_of(rollouts), self.placement.tokens_per_microbatch)
+        """What the reward says. What the models share of reading these rollouts is read once for all."""
+        trunk = self.models.policy.trunk
+        trunk.forget()
+        trunk.expect([rollout.prompt.ids + rollout.ids for rollout in rollouts])
         return self.reward.score(rollouts)
 
     def evaluate(self, rollouts: Sequence[Rollout], scores: Scores) -> Trajectories:
@@ -203,9 +202,15 @@ def build(
         placement=placement,
         sampling=sampling,
         random=torch.Generator().manual_seed(config.run.seed),
-        recompute_logprobs=config.rollout.recompute_logprobs == "always" or config.rollout.off_policy,
+        recompute_logprobs=recomputes(config, placement.dtype),
         workers=workers,
     )
+
+
+def recomputes(config: PpoConfig, dtype: torch.dtype) -> bool:
+    """Whether all log-probabilities are run again: half precision never says the same in sampling and in training."""
+    always = config.rollout.recompute_logprobs == "always" or config.rollout.off_policy
+    return always or dtype.itemsize < torch.float32.itemsize
 
 
 def make_sampler(
