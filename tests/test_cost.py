@@ -17,14 +17,14 @@ from transformers import DynamicCache
 from generators import make
 from tandem import algo
 from tandem.bench.arithmetic import joint_step_flops
-from tandem.bench.command import same_line
+from tandem.bench.command import named_rows, same_line
 from tandem.bench.counting import counting
 from tandem.bench.decoding import random_prompts
 from tandem.bench.growth import exponent
 from tandem.bench.joint_step import recipe, stage_of, step
 from tandem.bench.models import make_reward_model, make_shape
 from tandem.bench.page import page
-from tandem.bench.rows import STEP, Measured, gpu_rows, ratios
+from tandem.bench.rows import STEP, Measured, gpu_rows, ratios, standard_rows
 from tandem.bench.workloads import Workload
 from tandem.cli import main
 from tandem.config import AdapterSection
@@ -263,6 +263,19 @@ def test_what_is_timed_anew_fills_the_line_that_it_filled():
     assert same_line(row(work), row(replace(work, tokens_per_microbatch=7)))
     assert not same_line(row(work), row(replace(work, precision="bfloat16")))
     assert not same_line(row(work), row(work) | {"kind": "decoding"})
+
+
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [
+        ("joint step SmolLM2-135M bfloat16", 1),
+        ("joint step SmolLM2 bfloat16", 2),
+        ("one trunk", 2),
+        ("decoding float32", 2),
+    ],
+)
+def test_rows_of_the_bench_are_named_in_full_or_by_words(only, count):
+    assert len(named_rows(standard_rows("a model", "cpu", 2), only)) == count
 
 
 @pytest.mark.long

@@ -452,7 +452,9 @@ def _add_bench(commands: Any) -> None:
         allow_abbrev=False,
     )
     command.add_argument("--model", help="directory or hub id of a model to time (default: the page's rows)")
-    command.add_argument("--only", metavar="WORDS", help="rows whose kind, name and precision hold all of these words")
+    command.add_argument(
+        "--only", metavar="WORDS", help="the row of this name, or those whose names hold all of its words"
+    )
     command.add_argument("--rounds", type=_at_least_one, default=3, help="processes of each side")
     command.add_argument("--steps", type=_at_least_one, default=2, help="steps or batches in each, after the first")
     command.add_argument("--growth", action="store_true", help="also how cost grows with length, batch, ...")

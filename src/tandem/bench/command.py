@@ -7,7 +7,7 @@ import platform
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from tandem.run.disk import write_json, write_whole, writing
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to time, `rounds` times each side; `only` keeps the rows whose kind and name hold all of its words.
+    """What to time, `rounds` times each side.
 
+    `only` keeps the row of that name (kind, work, precision), or those whose names hold all of its words.
     `trl_python` and `vllm_python` are interpreters that have TRL 1.12 or vLLM; those without one are left out.
     """
 
@@ -106,7 +107,7 @@ def same_line(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def chosen_rows(settings: BenchSettings, device: torch.device, threads: int, progress: Progress) -> list[Row]:
-    """Raises InputError where none is left."""
+    """Of all rows those that were asked for. Raises InputError where there is none."""
     if settings.model is not None:
         read_config(settings.model, "--model")
         fast = pick_dtype("auto", device) == torch.bfloat16
@@ -120,11 +121,16 @@ def chosen_rows(settings: BenchSettings, device: torch.device, threads: int, pro
             progress.warn(f"rows on SmolLM2 are left out: {error}")
             chat = None
         rows = standard_rows(chat, str(device), threads)
-    words = (settings.only or "").split()
+    return rows if settings.only is None else named_rows(rows, settings.only)
+
+
+def named_rows(rows: Sequence[Row], only: str) -> list[Row]:
+    """The row of that name, or else those whose names hold all of its words."""
     names = [f"{row.kind} {row.workload.name} {row.workload.precision}" for row in rows]
-    kept = [row for row, name in zip(rows, names, strict=True) if all(word in name for word in words)]
+    kept = [row for row, name in zip(rows, names, strict=True) if name == only]
+    kept = kept or [row for row, name in zip(rows, names, strict=True) if all(word in name for word in only.split())]
     if not kept:
-        raise InputError(f"--only {settings.only!r} leaves no row; there are: {'; '.join(names)}.")
+        raise InputError(f"--only {only!r} leaves no row; there are: {'; '.join(names)}.")
     return kept
 
 
