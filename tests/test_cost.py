@@ -28,12 +28,14 @@ from tandem.bench.rows import STEP, Measured, gpu_rows, ratios, standard_rows
 from tandem.bench.workloads import Workload
 from tandem.cli import main
 from tandem.config import AdapterSection
+from tandem.errors import RunError
 from tandem.models import causal
 from tandem.models.cache import roomy_cache
 from tandem.models.loading import load_causal, load_tokenizer
 from tandem.plan.model_size import ModelSize
 from tandem.plan.shapes import SHAPES
 from tandem.stages.joint import evaluate
+from tandem.stages.joint_start import check_start
 from tandem.stages.state import start_state
 from tandem.types import Prompt, Scores, split_by_tokens
 from test_generator import policy_of
@@ -319,6 +321,20 @@ def test_what_was_read_once_is_the_same_for_the_reward(workload, wide, tmp_path)
     stage.models.policy.trunk.forget()
     assert torch.allclose(stage.score(rollouts).total, alone, atol=1e-6)
     assert alone.std() > 1e-3
+
+
+def test_decoding_that_goes_wrong_in_shared_layers_is_refused_at_the_start(workload, wide, tmp_path):
+    """What those made of a text while it was sampled does not stand where the generator is held to the policy."""
+    reward = make_reward_model(str(wide), tmp_path / "reward", AdapterSection(upper_layers=1))
+    stage, config = stage_of(replace(workload, sharing="adapters", upper_layers=1), str(reward))
+    assert check_start(stage, config).generator < 1e-4
+
+    def off_by_some(_, __, hidden):
+        return hidden + 0.5 if hidden.shape[1] == 1 else hidden
+
+    stage.models.policy.trunk.layers[0].register_forward_hook(off_by_some)
+    with pytest.raises(RunError, match="decoding with a cache is not what its forward computes"):
+        check_start(stage, config)
 
 
 def test_prompts_are_read_as_the_tokens_that_they_are_made_of(wide, tiny, workload):

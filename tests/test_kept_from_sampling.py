@@ -44,7 +44,6 @@ def of_texts(tokens) -> torch.Tensor:
 
 
 def anew(policy: CausalPolicy, rollouts) -> torch.Tensor:
-    policy.trunk.keep([], [])
     policy.trunk.forget()
     return of_texts(policy.prepare(tokens_of(rollouts), 10**6))
 
@@ -88,13 +87,22 @@ def test_what_is_expected_is_read_together_with_what_is_asked_for(tiny):
     policy, passes = policy_of(tiny()), []
     rollouts = sampled(policy)
     policy.trunk.layers[0].register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].shape[0]))
-    policy.trunk.forget()
     policy.trunk.expect([rollout.prompt.ids + rollout.ids for rollout in rollouts])
     policy.prepare(whole_texts([[9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9]]), 10**6)
     assert passes == [3]
     found = of_texts(policy.prepare(tokens_of(rollouts), 10**6))
     assert passes == [3]
     assert torch.allclose(found, anew(policy, rollouts), atol=1e-4)
+
+
+def test_a_text_within_one_that_was_sampled_is_found(tiny):
+    """Also where neither is a whole one: of two texts that go on from each other, only the longer one is looked for."""
+    policy = policy_of(tiny())
+    text = max((rollout.prompt.ids + rollout.ids for rollout in sampled(policy)), key=len)
+    tokens = whole_texts([text[:-2], text[:-1]])
+    found = of_texts(policy.prepare(tokens, 10**6))
+    policy.trunk.forget()
+    assert torch.allclose(found, of_texts(policy.prepare(tokens, 10**6)), atol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["the first token", "the last token"])
@@ -116,7 +124,6 @@ def test_what_was_sampled_before_is_not_held(tiny):
     assert set(policy.trunk._activations._sampled) == {
         text[:end] for rollout in rollouts for text in [rollout.prompt.ids + rollout.ids] for end in (-1, len(text))
     }
-    policy.prepare(tokens_of(rollouts), 10**6)
     policy.trunk.forget()
     assert not policy.trunk._activations._sampled
     assert not policy.trunk._activations._held

@@ -95,7 +95,7 @@ def test_training_from_data_goes_on_exactly(tiny, tmp_path, stage):
         words = [f"--data.train={write(tmp_path / 's.jsonl', rows)}", "--sequences_per_minibatch=4"]
     else:
         words = [f"--data.train={pair_file(tmp_path)}", "--pairs_per_minibatch=4", "--adapters.rank=4"]
-    words = [stage, f"--model={tiny()}", "--epochs=12", "--optimizer.lr=0.001", "--eval_every=7", *words]
+    words = [stage, f"--model={tiny()}", "--epochs=6", "--optimizer.lr=0.001", "--eval_every=7", *words]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     process = end_at_step(cut, 9, signal.SIGTERM, [*words, f"--run.directory={cut}"])
     said = process.communicate(timeout=60)[0].decode()

@@ -26,22 +26,19 @@ class Activations:
         self._expected: list[Text] = []
 
     def given(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
-        """The tokens with their activations. Only texts that were neither run since `forget` nor sampled are run."""
+        """The tokens with their activations. Only texts that are not held, and were not sampled, are run."""
         texts = [tuple(row[:length]) for row, length in zip(tokens.ids.tolist(), tokens.lengths.tolist(), strict=True)]
         self._read([*self._expected, *texts], tokens_per_microbatch)
         found = [self._held[text] for text in texts]
         return replace(tokens, activations=torch.nn.utils.rnn.pad_sequence(found, batch_first=True))
 
     def expect(self, texts: Sequence[Sequence[int]]) -> None:
-        """What will be asked for: whoever asks next has it read with their own texts, all together."""
-        self._expected = [tuple(text) for text in texts]
+        """What will be asked for, in place of all that was run: whoever asks next has it read with their own texts."""
+        self._held, self._expected = {}, [tuple(text) for text in texts]
 
     def forget(self) -> None:
-        """Hold nothing of what was run or taken: a step must not depend on what was read before it.
-
-        What was sampled and not asked for since is still there.
-        """
-        self._held, self._expected = {}, []
+        """Hold nothing: a step must not depend on what was read before it."""
+        self._held, self._sampled, self._expected = {}, {}, []
 
     def keep(self, texts: Sequence[Sequence[int]], lower: Sequence[Tensor]) -> None:
         """What the layers made of whole texts while they were sampled, [L, H] each, in place of all sampled before."""
@@ -62,8 +59,7 @@ class Activations:
         self._run([*tried, *others], tokens_per_microbatch)
         if all(_agree(self._sampled[text], self._held[text]) for text in tried):
             self._held = self._sampled | self._held
-        else:
-            self._run([text for text in sampled if text not in self._held], tokens_per_microbatch)
+        self._run([text for text in new if text not in self._held], tokens_per_microbatch)
         if sampled:
             self._sampled = {}
         self._expected = []

@@ -50,6 +50,7 @@ class Trunk:
         self._activations = Activations(lambda ids: self.lower(ids.to(self.device)))
         self._linear_names = self._linear_layers()
         self._using: str | None = None
+        self._caught: _Catch | None = None
         if world().checkpointing:
             for block in self._blocks:
                 block.forward = self._computed_again(block.forward)
@@ -204,8 +205,8 @@ class Trunk:
     def prepare(self, tokens: Tokens, tokens_per_microbatch: int) -> Tokens:
         """The tokens with the activations of the shared lower layers, if there are such layers.
 
-        Texts that were run since `forget`, or sampled (`keep`), are not run again, with or without their last token:
-        what a causal model computes of a text does not depend on what follows.
+        Texts that were run before (since `expect` or `forget`), or sampled (`keep`), are not run again, with or without
+        their last token: what a causal model computes of a text does not depend on what follows.
         """
         tokens = tokens.to(self.device)
         if self._cut == 0:
@@ -213,11 +214,11 @@ class Trunk:
         return self._activations.given(tokens, tokens_per_microbatch)
 
     def forget(self) -> None:
-        """Let the next `prepare` run all that it is given, but what was sampled: see `Activations.forget`."""
+        """Let the next `prepare` run all that it is given: a step must not depend on what was read before it."""
         self._activations.forget()
 
     def expect(self, texts: Sequence[Sequence[int]]) -> None:
-        """What will be prepared: the next `prepare` runs it with its own texts, all together."""
+        """What will be prepared, in place of all before: the next `prepare` runs it together with its own texts."""
         self._activations.expect(texts)
 
     def keep(self, texts: Sequence[Sequence[int]], lower: Sequence[Tensor]) -> None:
@@ -245,18 +246,24 @@ class Trunk:
         return caught.last()
 
     @contextmanager
-    def watched(self) -> Iterator[Callable[[], Tensor]]:
-        """Within it, what says what the shared lower layers made of all ids of the decoder's last pass: [B, S, H]."""
-        caught = _Catch()
+    def watched(self) -> Iterator[None]:
+        """Within it `last` says what the shared lower layers made of the ids of the decoder's last pass."""
+        self._caught = caught = _Catch()
 
         def look(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             caught(*inputs, **named)
 
         hook = self._blocks[self._cut].register_forward_pre_hook(look, with_kwargs=True)
         try:
-            yield caught.last
+            yield
         finally:
             hook.remove()
+            self._caught = None
+
+    def last(self) -> Tensor:
+        """[B, S, H]: see `watched`."""
+        assert self._caught is not None
+        return self._caught.last()
 
     @contextmanager
     def _blocks_replaced(self, upper_from: Tensor | None = None, lower_into: _Catch | None = None) -> Iterator[None]:

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tandem.rollout.next_token import NextToken
+from tandem.rollout.next_token import LowerLayers, NextToken
 
 Ids = Sequence[int]
-Last = Callable[[], Tensor]
-"""Says what the lower layers that other models share made of all ids of the policy's last pass: [B, S, H]."""
 
 
 class Decoding:
     """Reads prompts, and then the tokens that are sampled. `rows` [n] are those of the prompts that go on.
 
-    A row that stops leaves before its last token is read; or after it, where `last` is given and what the lower layers
-    make of every token is kept.
+    A row that stops leaves before its last token is read; or after it, where other models share the policy's lower
+    layers, and what those make of every token is kept.
     """
 
     rows: Tensor
     logits: Tensor
     """[n, V]: of each row's next token."""
 
-    def __init__(self, policy: NextToken, prompts: Sequence[Ids], longest: int, last: Last | None) -> None:
+    def __init__(self, policy: NextToken, prompts: Sequence[Ids], longest: int) -> None:
         """`longest` is how many tokens may follow a prompt."""
         different = list(dict.fromkeys(prompts))
         ids, mask = _pad_left(different, policy.device)
         self._policy = policy
-        self._last = last
         self._width = ids.shape[1]
         self._cache = policy.new_cache(self._width + longest)
         self._positions = mask.sum(1)
@@ -41,7 +38,7 @@ class Decoding:
         self.logits = policy.next_logits(ids, self._mask_so_far, (mask.cumsum(1) - 1).clamp(min=0), self._cache)
         numbers = {prompt: number for number, prompt in enumerate(different)}
         of_row = torch.tensor([numbers[prompt] for prompt in prompts], device=policy.device)
-        self._kept = None if last is None else _Kept(last(), of_row, longest)
+        self._kept = None if policy.below is None else _Kept(policy.below, of_row, longest)
         if len(different) < len(prompts):
             self._select(of_row)
             self.logits = self.logits[of_row]
@@ -54,8 +51,7 @@ class Decoding:
             tokens = tokens[staying]
         self.logits = self._policy.next_logits(*self._one_more(tokens))
         if self._kept is not None:
-            assert self._last is not None
-            self._kept.add(self.rows, self._last())
+            self._kept.add(self.rows)
             if staying is not None:
                 self._leave(staying)
                 self.logits = self.logits[staying]
@@ -63,9 +59,7 @@ class Decoding:
     def end(self, tokens: Tensor) -> None:
         """Add a token [n] to every row, the last of each: nothing is asked of it but what is kept."""
         if self._kept is not None:
-            below = self._policy.below
-            assert below is not None
-            self._kept.add(self.rows, below.lower(*self._one_more(tokens)))
+            self._kept.add_last(self.rows, *self._one_more(tokens))
 
     def lower(self, lengths: Sequence[tuple[int, int]]) -> list[Tensor]:
         """What was kept of each text, [L, H], by the lengths of its prompt and response; nothing where nothing was."""
@@ -93,16 +87,25 @@ class Decoding:
 
 
 class _Kept:
-    """What the lower layers made of prompts [different, P, H], padded on the left, and of each row's tokens after."""
+    """What lower layers made of prompts [different, P, H], padded on the left, and of the tokens after [B, T, H]."""
 
-    def __init__(self, prompts: Tensor, of_row: Tensor, longest: int) -> None:
-        self._prompts = prompts
+    def __init__(self, layers: LowerLayers, of_row: Tensor, longest: int) -> None:
+        """After the policy has read the prompts; `of_row` [B] says which is each row's."""
+        self._layers = layers
         self._of_row = of_row
-        self._responses = prompts.new_zeros(len(of_row), longest, prompts.shape[2])
+        self._prompts = layers.last()
+        self._responses = self._prompts.new_zeros(len(of_row), longest, self._prompts.shape[2])
         self._length = 0
 
-    def add(self, rows: Tensor, made: Tensor) -> None:
-        """What they made [n, 1, H] of the next token of some rows."""
+    def add(self, rows: Tensor) -> None:
+        """After the policy has read a token more of some rows [n]."""
+        self._put(rows, self._layers.last())
+
+    def add_last(self, rows: Tensor, *asked: Any) -> None:
+        """Where the policy is not asked what follows it."""
+        self._put(rows, self._layers.lower(*asked))
+
+    def _put(self, rows: Tensor, made: Tensor) -> None:
         self._responses[rows, self._length] = made[:, 0]
         self._length += 1
 

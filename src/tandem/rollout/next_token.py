@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -13,8 +13,12 @@ from torch import Tensor
 class LowerLayers(Protocol):
     """A policy's lower layers, where other models share them: what they make of a text is kept for those."""
 
-    def watched(self) -> AbstractContextManager[Callable[[], Tensor]]:
-        """Within it, what says what they made of all ids of the policy's last pass: [B, S, H]."""
+    def watched(self) -> AbstractContextManager[None]:
+        """Within it `last` can be asked for."""
+        ...
+
+    def last(self) -> Tensor:
+        """[B, S, H]: what they made of the ids of the policy's last pass."""
         ...
 
     def lower(
@@ -39,7 +43,9 @@ class NextToken(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def below(self) -> LowerLayers | None: ...
+    def below(self) -> LowerLayers | None:
+        """None where no other model shares such layers."""
+        ...
 
     def gathered(self) -> AbstractContextManager[None]:
         """Within it tokens are asked for one by one, by each process as often as it likes."""

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from tandem.rollout.decoding import Decoding, Last
+from tandem.rollout.decoding import Decoding
 from tandem.rollout.next_token import NextToken
 from tandem.rollout.stopping import Stopping
 from tandem.types import Prompt, Rollout
@@ -84,11 +84,11 @@ class TorchGenerator:
         uniform = uniform.to(self._policy.device)
         answers: dict[int, Rollout] = {}
         below, lower = self._policy.below, list[Tensor]()
-        with self._policy.gathered(), nullcontext() if below is None else below.watched() as last:
+        with self._policy.gathered(), nullcontext() if below is None else below.watched():
             for indices in groups_by_length(
                 prompts, self._sequences_per_batch, self._together.rank, self._together.size
             ):
-                rollouts, kept = self._generate_together([prompts[index] for index in indices], uniform[indices], last)
+                rollouts, kept = self._generate_together([prompts[index] for index in indices], uniform[indices])
                 answers |= dict(zip(indices, rollouts, strict=True))
                 lower += kept
         if below is not None:
@@ -96,19 +96,17 @@ class TorchGenerator:
         answers = {index: answer for part in self._together.gather(answers) for index, answer in part.items()}
         return [answers[index] for index in range(len(prompts))]
 
-    def _generate_together(
-        self, prompts: Sequence[Prompt], uniform: Tensor, last: Last | None
-    ) -> tuple[list[Rollout], list[Tensor]]:
+    def _generate_together(self, prompts: Sequence[Prompt], uniform: Tensor) -> tuple[list[Rollout], list[Tensor]]:
         """One response for each prompt, from numbers [B, max_new_tokens] drawn uniformly from [0, 1).
 
-        With what the lower layers that other models share made of each text [L, H], if `last` says that.
+        With what lower layers that other models share made of each text [L, H], if there are such layers.
         """
         device, limit = self._policy.device, self._max_new_tokens
         responses = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(prompts), limit, device=device)
         lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        decoding = Decoding(self._policy, [prompt.ids for prompt in prompts], limit, last)
+        decoding = Decoding(self._policy, [prompt.ids for prompt in prompts], limit)
         for t in range(limit):
             self._stopping.check()
             rows = decoding.rows

@@ -104,7 +104,6 @@ class JointStage:
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """What the reward says. What the models share of reading these rollouts is read once for all."""
         trunk = self.models.policy.trunk
-        trunk.forget()
         trunk.expect([rollout.prompt.ids + rollout.ids for rollout in rollouts])
         return self.reward.score(rollouts)
 

@@ -45,6 +45,8 @@ def check_start(stage: JointStage, config: PpoConfig) -> StartGaps:
     rollouts = stage.fresh_generator(config).generate(chosen)
     try_rewards(stage.reward, rollouts)
     policy, reference = stage.models.policy, stage.models.reference
+    # What lower layers made of these texts while they were sampled is not to stand: it is looked at.
+    policy.trunk.forget()
     same_rule = CausalPolicy(reference.trunk, policy.rule, reference.adapter)
     trained, anchored = logprobs_of([policy, same_rule], rollouts, config.compute.tokens_per_microbatch)
     sampled = torch.cat([torch.tensor(rollout.logprobs) for rollout in rollouts])
