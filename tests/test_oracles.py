@@ -255,7 +255,7 @@ def test_other_losses_reach_it_too(name):
     ("name", "least"),
     [
         ("KL as a loss, k2", 0.5),
-        ("book preset", 1.0),
+        pytest.param("book preset", 1.0, marks=pytest.mark.long),
         ("one theta_ref", 1.0),
         pytest.param("k2 in", 0.04, marks=pytest.mark.long),
     ],

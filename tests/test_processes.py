@@ -31,6 +31,7 @@ TOLERANCE = 1e-5
 # Rounded to 8 bits, in another order. In five steps weights move no further than this, so what it holds are losses and
 # the gradient's norm.
 BFLOAT16 = 1e-2
+SMALL = "--compute.tokens_per_microbatch=40"
 NOT_COMPARED = ("time/", "throughput/", "memory/", "cluster/")
 
 
@@ -156,31 +157,48 @@ def checks_in_processes(tiny: Callable[[str], Path], tmp_path: Path) -> list[lis
     ]
 
 
+def into(folder: Path, words: list[str]) -> list[str]:
+    return [*words, f"--run.directory={folder}"]
+
+
 def test_two_processes_are_as_one(tiny, tmp_path):
-    small = "--compute.tokens_per_microbatch=40"
-    commands = {stage: [*data_words(tmp_path, stage, tiny()), small] for stage in ("sft", "reward", "dpo")}
+    commands = {stage: [*data_words(tmp_path, stage, tiny()), SMALL] for stage in ("sft", "reward", "dpo")}
     commands |= {name: joint_words(tmp_path, tiny(), options) for name, options in SHARING.items()}
-    commands["ahead"] = joint_words(tmp_path, tiny(), [*SHARING["adapters"], "--rollout.staleness=1"])
-    commands |= {f"streamed {stage}": [*commands[stage], *STREAMED] for stage in ("sft", "dpo")}
-    commands["bfloat16"] = [*commands["sft"], "--compute.precision=bfloat16"]
-
-    def into(group: str, name: str, words: list[str]) -> list[str]:
-        return [*words, f"--run.directory={tmp_path / group / name}"]
-
+    in_one, in_two = tmp_path / "one", tmp_path / "two"
     for name, words in commands.items():
-        assert main(into("one", name, words)) == 0
-    in_two = [into("two", name, [*words, *BY_LAYER.get(name, [])]) for name, words in commands.items()]
-    in_two += [into("two", name, [*commands[like], *options]) for name, (like, options) in ONLY_IN_TWO.items()]
+        assert main(into(in_one / name, words)) == 0
+    all_in_two = [into(in_two / name, [*words, *BY_LAYER.get(name, [])]) for name, words in commands.items()]
+    all_in_two += [into(in_two / name, [*commands[like], *options]) for name, (like, options) in ONLY_IN_TWO.items()]
     # In the same processes: to start them is what takes time.
-    in_two += checks_in_processes(tiny, tmp_path)
-    assert run_in_processes(in_two, tmp_path / "processes") == [0] * len(in_two)
+    all_in_two += checks_in_processes(tiny, tmp_path)
+    assert run_in_processes(all_in_two, tmp_path / "processes") == [0] * len(all_in_two)
     for name in commands:
-        assert_same(tmp_path / "one" / name, tmp_path / "two" / name, BFLOAT16 if name == "bfloat16" else TOLERANCE)
+        assert_same(in_one / name, in_two / name)
     for name, (like, _) in ONLY_IN_TWO.items():
-        assert_same(tmp_path / "one" / like, tmp_path / "two" / name)
+        assert_same(in_one / like, in_two / name)
     for name in SHARING:
-        assert main(into("again", name, [*commands[name], "--parallel.activation_checkpointing=true"])) == 0
-        assert_same(tmp_path / "one" / name, tmp_path / "again" / name)
+        again = tmp_path / "again" / name
+        assert main(into(again, [*commands[name], "--parallel.activation_checkpointing=true"])) == 0
+        assert_same(in_one / name, again)
+
+
+@pytest.mark.long
+def test_two_processes_are_as_one_in_other_ways_too(tiny, tmp_path):
+    """Sampling ahead, data that is streamed, half precision."""
+    sft, dpo = ([*data_words(tmp_path, stage, tiny()), SMALL] for stage in ("sft", "dpo"))
+    commands = {
+        "ahead": joint_words(tmp_path, tiny(), [*SHARING["adapters"], "--rollout.staleness=1"]),
+        "streamed sft": [*sft, *STREAMED],
+        "streamed dpo": [*dpo, *STREAMED],
+        "bfloat16": [*sft, "--compute.precision=bfloat16"],
+    }
+    in_one, in_two = tmp_path / "one", tmp_path / "two"
+    for name, words in commands.items():
+        assert main(into(in_one / name, words)) == 0
+    all_in_two = [into(in_two / name, words) for name, words in commands.items()]
+    assert run_in_processes(all_in_two, tmp_path / "processes") == [0] * len(all_in_two)
+    for name in commands:
+        assert_same(in_one / name, in_two / name, BFLOAT16 if name == "bfloat16" else TOLERANCE)
 
 
 def test_more_processes_than_rows_are_refused(tiny, tmp_path, capsys):
