@@ -445,6 +445,13 @@ class RolloutSection(SamplingSection):
         """Whether what samples is not exactly the policy that trains."""
         return self.generator != "torch" or self.staleness > 0
 
+    def recomputes(self, width: int) -> bool:
+        """Whether all log-probabilities are run again, by models whose numbers have so many bytes.
+
+        Half precision never says the same in sampling and in training.
+        """
+        return self.recompute_logprobs == "always" or self.off_policy or width < 4
+
 
 class ScoreSection(Section):
     """From the reward's answer to the score at a sequence's last token, in this order: normalize, scale, clip, then

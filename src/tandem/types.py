@@ -20,8 +20,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-TRIED_SHARE = 8
-"""One in so many rows, the longest, is run once more to see whether what sampling said of all can stand."""
+
+def rows_tried(count: int) -> int:
+    """How many of so many rows, the longest, are run again to see whether what sampling said of all can stand."""
+    return -(-count // 8)
 
 
 @dataclass(frozen=True)

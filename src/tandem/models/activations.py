@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tandem.types import TRIED_SHARE, Tokens, split_by_tokens, whole_texts
+from tandem.types import Tokens, rows_tried, split_by_tokens, whole_texts
 
 Text = tuple[int, ...]
 
@@ -32,18 +32,18 @@ class Activations:
         found = [self._held[text] for text in texts]
         return replace(tokens, activations=torch.nn.utils.rnn.pad_sequence(found, batch_first=True))
 
-    def expect(self, texts: Sequence[Sequence[int]]) -> None:
+    def expect(self, texts: Sequence[Text]) -> None:
         """What will be asked for, in place of all that was run: whoever asks next has it read with their own texts."""
-        self._held, self._expected = {}, [tuple(text) for text in texts]
+        self._held, self._expected = {}, list(texts)
 
     def forget(self) -> None:
         """Hold nothing: a step must not depend on what was read before it."""
         self._held, self._sampled, self._expected = {}, {}, []
 
-    def keep(self, texts: Sequence[Sequence[int]], lower: Sequence[Tensor]) -> None:
+    def keep(self, texts: Sequence[Text], lower: Sequence[Tensor]) -> None:
         """What the layers made of whole texts while they were sampled, [L, H] each, in place of all sampled before."""
         pairs = zip(texts, lower, strict=True)
-        self._sampled = {key: made for text, of in pairs for key, made in _by_text(tuple(text), of)}
+        self._sampled = {key: made for text, of in pairs for key, made in _by_text(text, of)}
 
     def _read(self, texts: Sequence[Text], tokens_per_microbatch: int) -> None:
         """Hold what the layers make of the texts, where what was kept from sampling may stand.
@@ -54,7 +54,7 @@ class Activations:
         new = dict.fromkeys(text for text in texts if text not in self._held)
         within = {text[:-1] for text in new}
         sampled = [text for text in new if text in self._sampled and text not in within]
-        tried = sorted(sampled, key=len, reverse=True)[: -(-len(sampled) // TRIED_SHARE)]
+        tried = sorted(sampled, key=len, reverse=True)[: rows_tried(len(sampled))]
         others = [text for text in new if text not in self._sampled and text not in within]
         self._run([*tried, *others], tokens_per_microbatch)
         if all(_agree(self._sampled[text], self._held[text]) for text in tried):

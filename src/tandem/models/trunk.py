@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tandem.config import AdapterSection
 from tandem.errors import InputError
-from tandem.models.activations import Activations
+from tandem.models.activations import Activations, Text
 from tandem.models.attention import attend_by_device
 from tandem.models.shards import gathered, shard, whole_tensor
 from tandem.types import Tokens, whole_texts
@@ -217,11 +217,11 @@ class Trunk:
         """Let the next `prepare` run all that it is given: a step must not depend on what was read before it."""
         self._activations.forget()
 
-    def expect(self, texts: Sequence[Sequence[int]]) -> None:
+    def expect(self, texts: Sequence[Text]) -> None:
         """What will be prepared, in place of all before: the next `prepare` runs it together with its own texts."""
         self._activations.expect(texts)
 
-    def keep(self, texts: Sequence[Sequence[int]], lower: Sequence[Tensor]) -> None:
+    def keep(self, texts: Sequence[Text], lower: Sequence[Tensor]) -> None:
         """What the shared lower layers made of whole texts while they were sampled, [L, H] each, for `prepare`."""
         self._activations.keep(texts, lower)
 

@@ -121,7 +121,7 @@ def demand_of(
         value_epochs=config.value.epochs,
         policy_minibatch=config.policy.sequences_per_minibatch,
         value_minibatch=config.value.sequences_per_minibatch,
-        recompute=config.rollout.recompute_logprobs == "always" or width < 4,
+        recompute=config.rollout.recomputes(width),
         keeps_state=True,
         spare_copy=config.checkpoints.spare_copy,
     )

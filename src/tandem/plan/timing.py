@@ -11,7 +11,7 @@ from tandem.plan.layout import Layout
 from tandem.plan.memory import LOGITS_PER_CHUNK, keeps_below, microbatch_tokens, optimiser_shard, shares_below
 from tandem.plan.model_size import ModelSize
 from tandem.plan.passes import on_vocabulary, sequences_of_one, through_layers, with_gathering
-from tandem.types import TRIED_SHARE
+from tandem.types import rows_tried
 
 # Passes over an array of logits to read log-probabilities of, and to learn from.
 READING_PASSES, LEARNING_PASSES = 4, 10
@@ -41,7 +41,7 @@ def read_below(demand: Demand, layout: Layout) -> Cost:
     if not shares_below(demand, layout):
         return Cost()
     sequences, share = sequences_of_one(demand, layout), 1 - adapted_share(demand.policy, demand.upper_layers)
-    again = _tried(sequences) if keeps_below(layout) else sequences
+    again = rows_tried(sequences) if keeps_below(layout) else sequences
     return through_layers(demand, layout, demand.policy, again, demand.sequences, share)
 
 
@@ -49,7 +49,7 @@ def evaluate(demand: Demand, layout: Layout) -> Cost:
     """Value model, reference, and the policy: all its rows, or an eighth where the sampler's numbers can stand."""
     sequences, size = sequences_of_one(demand, layout), demand.policy
     upper = adapted_share(size, demand.upper_layers) if shares_below(demand, layout) else 1.0
-    again = sequences if demand.recompute else _tried(sequences)
+    again = sequences if demand.recompute else rows_tried(sequences)
     rank = demand.rank or 0
 
     def read(model: ModelSize, rows: int, rank: int) -> Cost:
@@ -60,10 +60,6 @@ def evaluate(demand: Demand, layout: Layout) -> Cost:
     return added(
         [read(size, sequences, 0), read(size, again, rank), read(demand.value or size, sequences, rank), heads]
     )
-
-
-def _tried(sequences: int) -> int:
-    return math.ceil(sequences / TRIED_SHARE)
 
 
 def update(demand: Demand, layout: Layout) -> Cost:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tandem import algo
 from tandem.config import AdvantageSection, KlSection
-from tandem.types import TRIED_SHARE, Batch, Rollout, Scores, Tokens, Trajectories, pad_tokens
+from tandem.types import Batch, Rollout, Scores, Tokens, Trajectories, pad_tokens, rows_tried
 from tandem.world import world
 
 SAME_LOGPROB = 1e-4
@@ -96,7 +96,7 @@ def policy_logprobs(
         recomputed[rows] = True
 
     longest_first = torch.argsort(tokens.lengths, descending=True, stable=True)
-    tried = -(-len(tokens) // TRIED_SHARE)
+    tried = rows_tried(len(tokens))
     run(longest_first[:tried])
     same = bool((logprobs - behaviour).abs().max() <= SAME_LOGPROB)
     if not same and tried < len(tokens):

@@ -201,15 +201,9 @@ def build(
         placement=placement,
         sampling=sampling,
         random=torch.Generator().manual_seed(config.run.seed),
-        recompute_logprobs=recomputes(config, placement.dtype),
+        recompute_logprobs=config.rollout.recomputes(placement.dtype.itemsize),
         workers=workers,
     )
-
-
-def recomputes(config: PpoConfig, dtype: torch.dtype) -> bool:
-    """Whether all log-probabilities are run again: half precision never says the same in sampling and in training."""
-    always = config.rollout.recompute_logprobs == "always" or config.rollout.off_policy
-    return always or dtype.itemsize < torch.float32.itemsize
 
 
 def make_sampler(
